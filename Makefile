@@ -1,0 +1,90 @@
+# make demo   the main job on this machine: a simulated Spark, site.yml, a verified endpoint, a report
+# make test   lint, unit tests and every Molecule scenario; needs no Spark and no GPU
+# make help   everything else
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
+# Ansible refuses a locale that is not UTF-8.
+export LC_ALL := C.UTF-8
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Molecule scenarios in the order of a run; `default` is the whole recipe.
+SCENARIOS ?= spark_host runtime_image model_fetch vllm_patches watchdog reap_service verify default
+
+.PHONY: help
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# --- set-up -----------------------------------------------------------------------------------------------------
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python $$($(PYTHON) -V | cut -d' ' -f2) found, 3.11 or later wanted: set PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || .ci/as-root apt-get install -y -q python3-venv
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.controller: requirements/controller.txt | $(VENV)/bin/python
+	@echo "Installing Ansible (pinned, with hashes)"
+	@$(BIN)/pip install -q --require-hashes -r requirements/controller.txt
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt | $(VENV)/bin/python
+	@echo "Installing the test tools (pinned, with hashes)"
+	@$(BIN)/pip install -q --require-hashes -r requirements/dev.txt
+	@touch $@ $(VENV)/.controller
+
+.PHONY: venv
+venv: $(VENV)/.controller ## Ansible in .venv
+
+# --- a Spark ----------------------------------------------------------------------------------------------------
+
+.PHONY: install
+install: $(VENV)/.controller ## Run on the Spark itself: provision and verify this host
+	$(BIN)/ansible-playbook -i inventories/local site.yml $(ARGS)
+
+# --- a simulated Spark ------------------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: $(VENV)/.controller ## The main job against a simulated Spark on this machine
+	@$(BIN)/python -m sim.demo
+
+.PHONY: demo-negative
+demo-negative: $(VENV)/.controller ## The same with a model that cannot retrieve: verification must fail
+	@$(BIN)/python -m sim.demo --host spark-negative --model sim/no-needle --expect-failure
+
+.PHONY: demo-down
+demo-down: ## Remove every container, volume, process and network of the simulated Spark
+	@$(PYTHON) -m sim down --all
+
+.PHONY: clean
+clean: ## demo-down, and remove the caches, the evidence and .venv too
+	@$(PYTHON) -m sim clean
+	@rm -rf $(VENV) artifacts .mypy_cache .ruff_cache .pytest_cache .hypothesis .ansible
+
+# --- tests ------------------------------------------------------------------------------------------------------
+
+.PHONY: test
+test: $(VENV)/.dev ## Lint, unit tests and every Molecule scenario
+	@.ci/test
+
+.PHONY: lint
+lint: $(VENV)/.dev ## ansible-lint (production), yamllint, ruff, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/yamllint --strict .
+	$(BIN)/ansible-lint --offline -q
+
+.PHONY: unit
+unit: $(VENV)/.dev ## Unit tests
+	$(BIN)/pytest -q
+
+.PHONY: molecule
+molecule: $(VENV)/.dev ## Molecule scenarios: SCENARIOS="spark_host verify" for some of them
+	@for scenario in $(SCENARIOS); do $(BIN)/molecule test -s $$scenario || exit 1; done

@@ -1,0 +1,216 @@
+#!/usr/bin/python
+# -*- coding: utf-8 -*-
+"""Read in one step everything the preflight judges."""
+
+DOCUMENTATION = r"""
+module: spark_facts
+short_description: Read what the preflight judges about a host, in one step
+description:
+  - Reads architecture, firmware, GPU, memory, operating system, free space, engine and listeners. Changes nothing.
+  - One module instead of a dozen tasks, because every task on a host costs a connection's round trip.
+version_added: 0.1.0
+author: The recipe's authors
+attributes:
+  check_mode:
+    support: full
+    description: It never changes anything.
+  diff_mode:
+    support: none
+    description: There is nothing to show.
+  platform:
+    support: full
+    platforms: Linux
+    description: It reads /proc and /sys.
+options:
+  paths:
+    description: Folders whose filesystem's free space is wanted; a folder that does not exist yet is measured at its nearest parent.
+    type: list
+    elements: path
+    default: []
+  packages:
+    description: Distribution packages of which the missing ones are wanted.
+    type: list
+    elements: str
+    default: []
+  port:
+    description: A TCP port whose listener is wanted.
+    type: int
+"""
+
+EXAMPLES = r"""
+- name: Facts of the host are known
+  spark_facts:
+    paths: [/var/lib/reap]
+    port: 8000
+  register: __spark_facts
+"""
+
+RETURN = r"""
+facts:
+  description: What was read. Sizes of memory in kB, of disks in bytes.
+  returned: always
+  type: dict
+  sample:
+    architecture: aarch64
+    product: NVIDIA_DGX_Spark
+    dgx_name: DGX Spark
+    gpu_names: [NVIDIA GB10]
+    gpu_error: null
+    mem_total_kb: 126000000
+    mem_available_kb: 118000000
+    swap_total_kb: 16777212
+    os_id: ubuntu
+    os_version: "24.04"
+    kernel: 6.14.0-1015-nvidia
+    init: systemd
+    root: true
+    hostname: spark-2822
+    docker: 29.1.3
+    docker_enabled: true
+    docker_runtimes: [nvidia, runc]
+    missing_packages: []
+    missing_paths: []
+    disk_free: {/var/lib/reap: 1200000000000}
+    port_listening: false
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.reap.identity import parse_meminfo, parse_os_release
+
+
+def read_text(path):
+    """The file's text without trailing newline or NUL, or an empty string where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip("\n\0 ")
+    except OSError:
+        return ""
+
+
+def gpu_names():
+    """Names that nvidia-smi lists, and why there are none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return [], "nvidia-smi is not installed"
+    try:
+        done = subprocess.run(
+            [program, "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [], f"nvidia-smi did not answer: {error}"
+    names = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    if done.returncode != 0:
+        return [], (done.stderr or done.stdout).strip()[-200:] or f"nvidia-smi ended with {done.returncode}"
+    return names, None
+
+
+def answer(*command):
+    """Standard output of a short command, or an empty string where it is missing, hangs or fails."""
+    program = shutil.which(command[0])
+    if program is None:
+        return ""
+    try:
+        done = subprocess.run([program, *command[1:]], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def docker_facts():
+    """Version of the Docker server (empty where none answers), its runtimes, and whether it starts at boot."""
+    try:
+        info = json.loads(answer("docker", "info", "--format", "{{json .}}") or "{}")
+    except ValueError:
+        info = {}
+    return {
+        "docker": info.get("ServerVersion") or "",
+        "docker_runtimes": sorted(info.get("Runtimes") or {}),
+        "docker_enabled": answer("systemctl", "is-enabled", "docker.service") == "enabled",
+    }
+
+
+def missing_packages(names):
+    """The names that dpkg does not list as installed, in their order."""
+    if not names:
+        return []
+    program = shutil.which("dpkg-query")
+    if program is None:
+        return list(names)
+    done = subprocess.run(
+        [program, "--show", "--showformat", "${Package} ${db:Status-Status}\n", *names],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    installed = {line.split()[0] for line in done.stdout.splitlines() if line.endswith(" installed")}
+    return [name for name in names if name not in installed]
+
+
+def free_bytes(path):
+    """Bytes an unprivileged writer may still use on the filesystem of the path or of its nearest existing parent."""
+    place = Path(path)
+    while not place.exists():
+        place = place.parent
+    numbers = os.statvfs(place)
+    return numbers.f_bavail * numbers.f_frsize
+
+
+def port_listening(port):
+    """Whether any TCP socket of the host listens on the port (state 0A in /proc/net/tcp*)."""
+    wanted = f"{port:04X}"
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in read_text(table).splitlines()[1:]:
+            fields = line.split()
+            if len(fields) > 3 and fields[3] == "0A" and fields[1].rpartition(":")[2] == wanted:
+                return True
+    return False
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "paths": {"type": "list", "elements": "path", "default": []},
+            "packages": {"type": "list", "elements": "str", "default": []},
+            "port": {"type": "int"},
+        },
+        supports_check_mode=True,
+    )
+    memory = parse_meminfo(read_text("/proc/meminfo"))
+    release = parse_os_release(read_text("/etc/os-release"))
+    names, gpu_error = gpu_names()
+    port = module.params["port"]
+    facts = {
+        "architecture": platform.machine(),
+        "product": read_text("/sys/class/dmi/id/product_name"),
+        "vendor": read_text("/sys/class/dmi/id/sys_vendor"),
+        "dgx_name": parse_os_release(read_text("/etc/dgx-release")).get("DGX_NAME", ""),
+        "gpu_names": names,
+        "gpu_error": gpu_error,
+        "mem_total_kb": memory.get("MemTotal", 0),
+        "mem_available_kb": memory.get("MemAvailable", 0),
+        "swap_total_kb": memory.get("SwapTotal", 0),
+        "os_id": release.get("ID", "unknown"),
+        "os_version": release.get("VERSION_ID", "unknown"),
+        "kernel": platform.release(),
+        "init": read_text("/proc/1/comm"),
+        "root": os.geteuid() == 0,
+        "hostname": platform.node(),
+        **docker_facts(),
+        "missing_packages": missing_packages(module.params["packages"]),
+        "missing_paths": [path for path in module.params["paths"] if not Path(path).is_dir()],
+        "disk_free": {path: free_bytes(path) for path in module.params["paths"]},
+        "port_listening": port_listening(port) if port else False,
+    }
+    module.exit_json(changed=False, facts=facts)
+
+
+if __name__ == "__main__":
+    main()
