@@ -14,7 +14,8 @@ DOCUMENTATION = r"""
 module: reap_program
 short_description: Install the reap program on the host
 description:
-  - Packs C(plugins/module_utils/reap) into a zipapp on the controller and copies it, so that the host decides with the same code.
+  - Packs C(plugins/module_utils/reap) into a zipapp on the controller and copies it,
+    so that the host decides with the same code.
   - The archive is the same bytes for the same sources, so an unchanged program is not copied again.
 options:
   dest:

@@ -48,7 +48,7 @@ def shared_names(root: Path) -> set[str]:
 def unknown_names(names: set[str], roles: dict[str, dict[str, dict[str, Any]]], shared: set[str]) -> list[str]:
     """A sentence for each name that looks like one of the recipe's settings and is none."""
     known = shared.union(*[set(options) for options in roles.values()])
-    prefixes = tuple(f"{role}_" for role in roles) + ("reap_",)
+    prefixes = (*(f"{role}_" for role in roles), "reap_")
     problems = []
     for name in sorted(names):
         if not name.startswith(prefixes) or name in known or name.startswith(INVENTORY_PREFIXES):

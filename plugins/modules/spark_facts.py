@@ -1,5 +1,4 @@
 #!/usr/bin/python
-# -*- coding: utf-8 -*-
 """Read in one step everything the preflight judges."""
 
 DOCUMENTATION = r"""
@@ -23,7 +22,9 @@ attributes:
     description: It reads /proc and /sys.
 options:
   paths:
-    description: Folders whose filesystem's free space is wanted; a folder that does not exist yet is measured at its nearest parent.
+    description:
+      - Folders whose filesystem's free space is wanted.
+      - A folder that does not exist yet is measured at its nearest parent.
     type: list
     elements: path
     default: []
