@@ -60,7 +60,7 @@ demo-negative: $(VENV)/.controller ## The same with a model that cannot retrieve
 
 .PHONY: demo-down
 demo-down: ## Remove every container, volume, process and network of the simulated Spark
-	@$(PYTHON) -m sim down --all
+	@if [ -e .cache/sim ]; then $(PYTHON) -m sim down --all; fi
 
 .PHONY: clean
 clean: ## demo-down, and remove the caches, the evidence and .venv too
