@@ -88,3 +88,12 @@ unit: $(VENV)/.dev ## Unit tests
 .PHONY: molecule
 molecule: $(VENV)/.dev ## Molecule scenarios: SCENARIOS="spark_host verify" for some of them
 	@for scenario in $(SCENARIOS); do $(BIN)/molecule test -s $$scenario || exit 1; done
+
+.PHONY: docs
+docs: $(VENV)/.controller ## Write docs/variables.md from the argument specs
+	$(BIN)/python tools/variables.py
+
+.PHONY: lock
+lock: ## Pin the requirements again (needs uv); nothing else changes versions
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header -q requirements/controller.in -o requirements/controller.txt
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header -q requirements/dev.in -o requirements/dev.txt

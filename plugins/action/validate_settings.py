@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ import yaml
 from ansible.errors import AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
+
+# On the controller Ansible does not put the configured module_utils on the import path; modules get it by themselves.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
+from reap.errors import ReapError
+from reap.profiles import Profile
 
 DOCUMENTATION = r"""
 module: validate_settings
@@ -112,6 +118,12 @@ class ActionModule(ActionBase):
                 "a profile is a key of reap_profiles in group_vars/all/profiles.yml"
             )
         else:
+            try:
+                Profile.from_mapping(self._templar.template(task_vars["reap_profile_data"]), profile)
+            except ReapError as error:
+                problems.append(str(error))
+            except AnsibleError as error:
+                problems.append(f"profile {profile} cannot be evaluated: {error}")
             for options in roles.values():
                 values = {}
                 for name in options:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +75,10 @@ def test_main_names_steps_only_and_tags_each(role: str) -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_every_role_has_a_readme(role: str) -> None:
     assert (ROOT / "roles" / role / "README.md").is_file()
+
+
+def test_the_page_of_variables_is_the_one_that_make_docs_writes() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "variables.py"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
