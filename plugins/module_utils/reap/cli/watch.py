@@ -1,0 +1,69 @@
+"""``reap watch``: guard this host's memory, check the settings, replay a memory series, lift a latch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from pathlib import Path
+
+from ..errors import ReapError
+from ..watch import series
+from ..watch.config import load
+from ..watch.loop import Guardian
+from ..watch.state import read_boot_id, read_json
+
+HELP = "guard the host's memory and stop the model before the host freezes"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the subcommand."""
+    parser.add_argument("--config", type=Path, default=Path("/etc/reap/watchdog.toml"), help="settings (TOML)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="check the settings and end")
+    what.add_argument("--lift", action="store_true", help="allow a start again after a kill or a spent budget")
+    what.add_argument("--replay", type=Path, metavar="FILE", help="print the decisions on a memory series")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0; 1 when a replayed series did not meet its expectations or there is nobody to lift for."""
+    if args.replay is not None:
+        return _replay(args.replay)
+    settings = load(args.config)
+    if args.check:
+        print(f"{args.config}: good")
+        return 0
+    if args.lift:
+        return _lift(settings.paths.state)
+    return Guardian(settings, dict(os.environ)).run()
+
+
+def _replay(path: Path) -> int:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ReapError(f"cannot read the series {path}: {error}") from error
+    parsed = series.parse(text, path.name)
+    events = series.replay(parsed)
+    for event in events:
+        effect = "" if event.effect_kb is None else f" (MemAvailable when it takes effect: {event.effect_kb} kB)"
+        print(f"{event.at:10.3f} s  {event.action.value:9s} {event.reason}{effect}")
+    failures = series.check(parsed, events)
+    for failure in failures:
+        print(f"not as expected: {failure}")
+    return 1 if failures else 0
+
+
+def _lift(path: Path) -> int:
+    state = read_json(path)
+    pid = state.get("pid") if isinstance(state, dict) and state.get("boot_id") == read_boot_id() else None
+    if not isinstance(pid, int):
+        raise ReapError(f"no running watchdog is named in {path}; start reap-watchdog.service first")
+    try:
+        if "watch" not in Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace"):
+            raise ProcessLookupError(pid)
+        os.kill(pid, signal.SIGUSR1)
+    except OSError as error:
+        raise ReapError(f"the watchdog of {path} (process {pid}) cannot be reached: {error}") from error
+    print("lifted: a start is allowed again")
+    return 0

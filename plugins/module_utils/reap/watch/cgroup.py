@@ -1,0 +1,139 @@
+"""Find a container's cgroup and kill everything in it, without asking the container engine.
+
+cgroup v2 has ``cgroup.kill``: one write, and the kernel kills the whole subtree at once (Linux 5.14). On cgroup v1,
+and on older kernels, each process in ``cgroup.procs`` of the subtree gets SIGKILL, again and again until none is
+left, because a process may fork between the reading and the signal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+# Any v1 hierarchy names the same processes; these are the ones a container engine always uses.
+_V1_PREFERRED = ("pids", "memory", "freezer", "devices", "cpuset", "cpu", "cpu,cpuacct", "blkio")
+_READ = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupPaths:
+    """Paths below the mount points, as in /proc/PID/cgroup: ``v2`` or None, and controller -> path for v1."""
+
+    v2: str | None
+    v1: dict[str, str]
+
+
+def parse_proc_cgroup(text: str) -> CgroupPaths:
+    """Read the text of /proc/PID/cgroup (``id:controllers:path`` a line; see cgroups(7))."""
+    v2: str | None = None
+    v1: dict[str, str] = {}
+    for line in text.splitlines():
+        parts = line.split(":", 2)
+        if len(parts) != 3:
+            continue
+        number, controllers, path = parts
+        path = path.removesuffix(" (deleted)")
+        if number == "0" and not controllers:
+            v2 = path
+        else:
+            v1[controllers.removeprefix("name=")] = path
+    return CgroupPaths(v2, v1)
+
+
+def find_folder(root: Path, paths: CgroupPaths, own: CgroupPaths) -> Path | None:
+    """The folder of the container's cgroup below ``root`` (/sys/fs/cgroup); None where none is safe to kill.
+
+    ``own`` are the cgroups of this process: a folder that holds them, or the root of a hierarchy, is never given.
+    """
+    if paths.v2 is not None and _is_inner(paths.v2, own.v2):
+        for base in (root, root / "unified"):
+            folder = base / paths.v2.lstrip("/")
+            if (folder / "cgroup.procs").exists() and (base / "cgroup.controllers").exists():
+                return folder
+    names = [name for name in _V1_PREFERRED if name in paths.v1]
+    for name in [*names, *(name for name in paths.v1 if name not in names)]:
+        path = paths.v1[name]
+        folder = root / name / path.lstrip("/")
+        if _is_inner(path, own.v1.get(name)) and (folder / "cgroup.procs").exists():
+            return folder
+    return None
+
+
+def _is_inner(path: str, own: str | None) -> bool:
+    parts = [part for part in path.split("/") if part]
+    if not parts or ".." in parts:
+        return False
+    own_parts = [part for part in (own or "").split("/") if part]
+    return own_parts[: len(parts)] != parts
+
+
+class Target:
+    """One container that can be killed; its control files are held open from the moment it is known."""
+
+    def __init__(self, identity: str, folder: Path) -> None:
+        self.identity = identity
+        self.folder = folder
+        self._procs = os.open(folder / "cgroup.procs", os.O_RDONLY | os.O_CLOEXEC)
+        self._kill = -1
+        with contextlib.suppress(OSError):
+            self._kill = os.open(folder / "cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
+        self._own_pid = os.getpid()
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        for fd in (self._procs, self._kill):
+            if fd >= 0:
+                os.close(fd)
+        self._procs = self._kill = -1
+
+    def processes(self) -> list[int]:
+        """Process ids in the container's own cgroup; empty when it is gone."""
+        try:
+            return [int(word) for word in os.pread(self._procs, _READ, 0).split()]
+        except (OSError, ValueError):
+            return []
+
+    def alive(self) -> bool:
+        """Whether a process is left in the cgroup or below it."""
+        return bool(self.processes()) or any(_processes_of(folder) for folder in _below(self.folder))
+
+    def kill(self) -> int:
+        """Send one round of kills. Returns the number of processes that were there to be killed."""
+        pids = self.processes()
+        if self._kill >= 0:
+            with contextlib.suppress(OSError):
+                os.write(self._kill, b"1")
+                return len(pids)
+        for folder in _below(self.folder):
+            pids += _processes_of(folder)
+        killed = 0
+        for pid in pids:
+            # Pid 0 stands for a process of a namespace this one cannot see; kill(0) would mean this very group.
+            if pid > 1 and pid != self._own_pid:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed += 1
+        return killed
+
+
+def _below(folder: Path) -> list[Path]:
+    found: list[Path] = []
+    stack = [folder]
+    while stack:
+        try:
+            entries = [Path(entry.path) for entry in os.scandir(stack.pop()) if entry.is_dir(follow_symlinks=False)]
+        except OSError:
+            continue
+        found += entries
+        stack += entries
+    return found
+
+
+def _processes_of(folder: Path) -> list[int]:
+    try:
+        return [int(word) for word in (folder / "cgroup.procs").read_bytes().split()]
+    except (OSError, ValueError):
+        return []

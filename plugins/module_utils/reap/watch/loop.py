@@ -1,0 +1,369 @@
+"""The guarding half: reads MemAvailable, asks the policy, kills. It allocates nothing that stays and starts nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import select
+import signal
+import time
+from typing import Any
+
+from ..errors import ReapError
+from .cgroup import Target, find_folder, parse_proc_cgroup
+from .config import Settings
+from .kernel import Meminfo, Pressure, Systemd, lock_memory, protect_from_oom_killer, run_before_others
+from .policy import Action, Phase, Policy
+from .ring import Ring
+from .secretary import Secretary
+from .state import ServiceFile, ServiceState, carried_from_json, carried_to_json, read_boot_id, read_json, write_atomic
+
+_REPORT_S = 5.0
+_METRICS_S = 10.0
+_ALIVE_S = 1.0
+# So long without a reading, and systemd is not told any more that all is well: it starts the watchdog anew.
+_BLIND_LIMIT_S = 10.0
+_REOPEN_S = 1.0
+# SIGKILL cannot be refused, but a process in an uninterruptible wait takes it late: said once after this time.
+_KILL_LATE_S = 5.0
+
+
+class Guardian:
+    """One run of the watchdog."""
+
+    def __init__(self, settings: Settings, environment: dict[str, str]) -> None:
+        self._settings = settings
+        self._limits = settings.limits
+        self._systemd = Systemd(environment)
+        self._boot_id = read_boot_id()
+        self._meminfo = Meminfo(settings.paths.meminfo)
+        if self._meminfo.read() is None:
+            raise ReapError(f"{settings.paths.meminfo} gives no MemAvailable; the watchdog cannot guard this host")
+        self._ring = Ring(int(settings.series_minutes * 60 / self._limits.fast_interval_s))
+        self._secretary = Secretary(settings, self._ring)
+        self._service = ServiceFile(settings.paths.service_state, self._boot_id)
+        before = read_json(settings.paths.state)
+        before = before if isinstance(before, dict) else {}
+        self._policy = Policy(self._limits, carried_from_json(before.get("carried"), self._boot_id))
+        self._last_event: dict[str, Any] | None = before.get("last_event") if self._policy.carried.kills else None
+        self._last_bundle: str | None = before.get("evidence") if self._policy.carried.kills else None
+        self._target: Target | None = None
+        self._gone: str | None = None
+        self._supervisor = -1
+        self._supervisor_pid: int | None = None
+        self._killing: Target | None = None
+        self._killed_at = 0.0
+        self._kill_late = False
+        self._kb: int | None = None
+        self._phase = Phase.ABSENT
+        self._readings = self._unreadable = self._pressures = 0
+        self._stop = self._lift = False
+        self._protection: dict[str, Any] = {}
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Guard until SIGTERM. Returns the exit status."""
+        signal.signal(signal.SIGTERM, self._on_stop)
+        signal.signal(signal.SIGINT, self._on_stop)
+        signal.signal(signal.SIGUSR1, self._on_lift)
+        self._settings.paths.state.parent.mkdir(parents=True, exist_ok=True)
+        self._secretary.start()
+        self._pressure = Pressure(self._settings.paths.pressure)
+        self._protection = {
+            "memory_locked": lock_memory() or True,
+            "oom_score_adj": protect_from_oom_killer(),
+            "scheduling": run_before_others() if self._settings.realtime else "as started",
+            "pressure_trigger": self._pressure.fd >= 0,
+        }
+        self._take_service(force=True)
+        self._tell("start", f"guarding: {self._lines()}; {self._protection_text()}")
+        self._systemd.send(b"READY=1")
+        gc.collect()
+        gc.freeze()
+        # No cycle is made in the loop, and a collection at the wrong moment would cost milliseconds.
+        gc.disable()
+        self._guard()
+        self._tell("stop", "the watchdog was asked to stop; nothing guards this host now")
+        self._systemd.send(b"STOPPING=1")
+        self._save_state()
+        self._secretary.finish()
+        return 0
+
+    def _on_stop(self, *_: object) -> None:
+        self._stop = True
+
+    def _on_lift(self, *_: object) -> None:
+        self._lift = True
+
+    def _guard(self) -> None:
+        poll = select.poll()
+        if self._pressure.fd >= 0:
+            poll.register(self._pressure.fd, select.POLLPRI)
+        monotonic, policy = time.monotonic, self._policy
+        next_alive = next_report = next_metrics = next_ping = next_reopen = 0.0
+        pressure = False
+        while not self._stop:
+            now = monotonic()
+            self._kb = kb = self._meminfo.read()
+            self._readings += 1
+            self._ring.append(now, -1 if kb is None else kb)
+            self._take_service()
+            if self._target is not None and (policy.near or now >= next_alive):
+                next_alive = now + _ALIVE_S
+                if not self._target.alive():
+                    self._gone = self._target.identity
+                    self._forget_target()
+            action = policy.step(now, kb, self._phase, self._identity(), pressure)
+            if action is not Action.NONE:
+                self._act(action, now)
+            if self._killing is not None:
+                self._follow_kill(now)
+            if kb is None:
+                self._unreadable += 1
+                if now >= next_reopen:
+                    next_reopen = now + _REOPEN_S
+                    self._meminfo.reopen()
+            if self._lift:
+                self._lift = False
+                policy.lift()
+                self._tell("lifted", "hold, latch and spent budget were lifted by hand; a start is allowed")
+                self._save_state()
+            if now >= next_ping and policy.blind_s < _BLIND_LIMIT_S:
+                next_ping = now + (self._systemd.ping_s or _REPORT_S)
+                self._systemd.send(b"WATCHDOG=1")
+            # Nothing is written while memory falls: a page for it may have to be waited for.
+            if policy.fall_kb_s < self._limits.warn_margin_kb // 8 and self._killing is None:
+                if now >= next_report:
+                    next_report = now + _REPORT_S
+                    self._save_state()
+                    self._systemd.send(f"STATUS={self._lines()}".encode())
+                if now >= next_metrics:
+                    next_metrics = now + _METRICS_S
+                    if self._secretary.gone():
+                        self._secretary.start()
+                    self._report(None)
+            wait_s = policy.interval_s if self._killing is None else self._limits.fast_interval_s
+            pressure = bool(poll.poll(max(1, int(wait_s * 1000))))
+            if pressure:
+                self._pressures += 1
+
+    # -- the service and its container ---------------------------------------------------------------------------
+
+    def _take_service(self, force: bool = False) -> None:
+        if not self._service.refresh() and not force:
+            return
+        if self._service.problem is not None:
+            self._tell("problem", f"the service's state cannot be read, its last one is kept: {self._service.problem}")
+            return
+        state = self._service.state
+        if state.phase is not self._phase:
+            before, self._phase = self._phase, state.phase
+            self._tell("phase", f"phase {before.value} -> {state.phase.value}: {self._lines()}")
+        self._take_supervisor(state.supervisor_pid)
+        identity = self._identity_of(state)
+        if identity == self._identity() or (identity is not None and identity == self._gone):
+            return
+        self._forget_target()
+        if identity is None:
+            return
+        folder = self._find_folder(state)
+        if folder is None:
+            self._tell("problem", f"no cgroup of container {state.container_id or state.container_name} was found")
+            return
+        try:
+            self._target = Target(identity, folder)
+        except OSError as error:
+            self._tell("problem", f"the container's cgroup {folder} cannot be opened: {error}")
+
+    def _identity(self) -> str | None:
+        return self._target.identity if self._target is not None else None
+
+    @staticmethod
+    def _identity_of(state: ServiceState) -> str | None:
+        if state.phase is Phase.ABSENT or (state.container_id is None and state.container_pid is None):
+            return None
+        return f"{state.container_id}:{state.container_pid}"
+
+    def _find_folder(self, state: ServiceState) -> Any:
+        root = self._settings.paths.cgroup_root
+        own = parse_proc_cgroup(_read_text("/proc/self/cgroup"))
+        folder = find_folder(root, state.cgroups, own)
+        if folder is None and state.container_pid is not None:
+            paths = parse_proc_cgroup(_read_text(f"/proc/{state.container_pid}/cgroup"))
+            folder = find_folder(root, paths, own)
+        return folder
+
+    def _take_supervisor(self, pid: int | None) -> None:
+        if pid == self._supervisor_pid:
+            return
+        if self._supervisor >= 0:
+            os.close(self._supervisor)
+        self._supervisor, self._supervisor_pid = -1, pid
+        # A stale file may name a process number that now belongs to somebody else.
+        if pid is not None and "serve" in _read_text(f"/proc/{pid}/cmdline"):
+            with contextlib.suppress(OSError):
+                self._supervisor = os.pidfd_open(pid)
+
+    def _forget_target(self) -> None:
+        if self._target is not None and self._target is not self._killing:
+            self._target.close()
+        self._target = None
+
+    # -- actions -------------------------------------------------------------------------------------------------
+
+    def _act(self, action: Action, now: float) -> None:
+        if action is Action.SHED and not self._ask_supervisor():
+            action = self._policy.no_graceful_stop(now, self._kb or 0)
+        if action is Action.KILL:
+            self._kill(now)
+            return
+        self._tell(action.value, self._policy.reason)
+        if action in (Action.SHED, Action.RELEASE):
+            self._save_state()
+
+    def _ask_supervisor(self) -> bool:
+        if self._supervisor < 0:
+            return False
+        try:
+            signal.pidfd_send_signal(self._supervisor, signal.SIGTERM)
+        except OSError:
+            return False
+        return True
+
+    def _kill(self, now: float) -> None:
+        target = self._target
+        if target is None:
+            return
+        killed = target.kill()
+        sent = time.monotonic()
+        self._killing, self._killed_at, self._kill_late = target, now, False
+        name = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + "-kill"
+        self._last_bundle = str(self._settings.paths.evidence / name / "bundle.json")
+        self._tell(
+            "kill",
+            self._policy.reason,
+            evidence=name,
+            processes=killed,
+            decision_to_kill_ms=round(1000 * (sent - now), 3),
+            container_id=self._service.state.container_id,
+        )
+        self._save_state()
+
+    def _follow_kill(self, now: float) -> None:
+        target = self._killing
+        assert target is not None
+        if target.alive():
+            target.kill()
+            if not self._kill_late and now - self._killed_at > _KILL_LATE_S:
+                self._kill_late = True
+                self._tell("kill_failed", f"processes of the container live {_KILL_LATE_S:.0f} s after SIGKILL")
+            return
+        self._killing = None
+        self._gone = target.identity
+        if self._target is target:
+            self._forget_target()
+        target.close()
+        after_ms = 1000 * (now - self._killed_at)
+        self._tell("killed", f"the container's processes are gone {after_ms:.0f} ms after the kill", after_ms=after_ms)
+
+    # -- telling -------------------------------------------------------------------------------------------------
+
+    def _floor_kb(self) -> int | None:
+        if self._phase is Phase.SERVING:
+            return self._limits.floor_kb
+        return self._limits.loading_floor_kb if self._phase is Phase.LOADING else None
+
+    def _lines(self) -> str:
+        floor = self._floor_kb()
+        return (
+            f"{self._phase.value}, MemAvailable {self._kb if self._kb is not None else 'unreadable'} kB,"
+            f" floor {floor if floor is not None else 'none'}, hard floor {self._limits.hard_floor_kb} kB"
+        )
+
+    def _protection_text(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self._protection.items())
+
+    def _tell(self, event: str, why: str, **more: Any) -> None:
+        now = time.time()
+        record: dict[str, Any] = {
+            "event": event,
+            "why": why,
+            "unix": round(now, 3),
+            "monotonic": round(time.monotonic(), 4),
+            "phase": self._phase.value,
+            "mem_available_kb": self._kb,
+            "floor_kb": self._floor_kb(),
+            "hard_floor_kb": self._limits.hard_floor_kb,
+            "fall_kb_s": self._policy.fall_kb_s,
+            "profile": self._service.state.profile,
+            **more,
+        }
+        if event in ("kill", "shed", "kill_failed", "warn", "release", "lifted", "blind"):
+            self._last_event = record
+        self._report(record)
+
+    def _report(self, event: dict[str, Any] | None) -> None:
+        carried = self._policy.carried
+        message: dict[str, Any] = {
+            "phase": self._phase.value,
+            "near": self._policy.near,
+            "values": {
+                "mem_available_kb": self._kb or 0,
+                "floor_kb": self._floor_kb() or 0,
+                "hard_floor_kb": self._limits.hard_floor_kb,
+                "hold_kb": carried.hold_kb or 0,
+                "latched": int(carried.latched),
+                "kills_total": carried.kills,
+                "sheds_total": carried.sheds,
+                "readings_total": self._readings,
+                "unreadable_total": self._unreadable,
+                "pressure_total": self._pressures,
+                "messages_lost_total": self._secretary.lost,
+                "last_report_seconds": int(time.time()),
+            },
+        }
+        if event is not None:
+            message["event"] = event
+            if "evidence" in event:
+                message["meminfo"] = self._meminfo.text()
+        self._secretary.send(message)
+
+    def _save_state(self) -> None:
+        carried = self._policy.carried
+        # A latch is a hold that no host reaches, so a reader that knows only the hold obeys it too.
+        hold_kb = self._meminfo.total_kb + 1 if carried.latched else carried.hold_kb
+        state = {
+            "pid": os.getpid(),
+            "boot_id": self._boot_id,
+            "unix": round(time.time(), 3),
+            "phase": self._phase.value,
+            "mem_available_kb": self._kb,
+            "floor_kb": self._floor_kb(),
+            "hard_floor_kb": self._limits.hard_floor_kb,
+            "last_event": self._last_event,
+            "kills": carried.kills,
+            "sheds": carried.sheds,
+            "hold_until_available_kb": hold_kb,
+            "latched": carried.latched,
+            "evidence": self._last_bundle,
+            "protection": self._protection,
+            "carried": carried_to_json(carried, self._boot_id),
+        }
+        with contextlib.suppress(OSError):
+            write_atomic(self._settings.paths.state, json.dumps(state) + "\n")
+
+
+def _read_text(path: str) -> str:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        return os.read(fd, 65536).decode("utf-8", "replace")
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)

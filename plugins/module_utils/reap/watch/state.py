@@ -1,0 +1,141 @@
+"""The two small files through which the service and the watchdog know of each other (see docs/watchdog.md)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .cgroup import CgroupPaths
+from .policy import Carried, Phase
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceState:
+    """What ``reap serve`` wrote, as far as the watchdog needs it."""
+
+    phase: Phase
+    supervisor_pid: int | None
+    container_id: str | None
+    container_name: str | None
+    container_pid: int | None
+    cgroups: CgroupPaths
+    profile: str
+    generation: str
+
+
+ABSENT = ServiceState(Phase.ABSENT, None, None, None, None, CgroupPaths(None, {}), "", "")
+
+
+def parse_service_state(text: str, boot_id: str) -> ServiceState:
+    """Read service.json. A file of an earlier boot speaks of a container that is gone.
+
+    Raises:
+        ValueError: where the text is no service state; the caller keeps what it knew.
+    """
+    data = json.loads(text)
+    if not isinstance(data, dict):
+        raise ValueError("wanted an object")
+    if data.get("boot_id") not in (None, "", boot_id):
+        return ABSENT
+    cgroup = data.get("cgroup") or {}
+    v1 = cgroup.get("v1") or {}
+    return ServiceState(
+        phase=Phase(data["phase"]),
+        supervisor_pid=_positive(data.get("pid")),
+        container_id=data.get("container_id") or None,
+        container_name=data.get("container_name") or None,
+        container_pid=_positive(data.get("container_pid")),
+        cgroups=CgroupPaths(cgroup.get("v2") or None, {str(name): str(path) for name, path in v1.items()}),
+        profile=str(data.get("profile") or ""),
+        generation=str(data.get("generation") or ""),
+    )
+
+
+def _positive(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 1 else None
+
+
+class ServiceFile:
+    """service.json, read again only when it was replaced."""
+
+    def __init__(self, path: Path, boot_id: str) -> None:
+        self._path = path
+        self._boot_id = boot_id
+        self._stamp: tuple[int, int, int] | None = (-1, -1, -1)
+        self.state = ABSENT
+        self.problem: str | None = None
+
+    def refresh(self) -> bool:
+        """Read it if it changed; returns whether ``state`` or ``problem`` changed."""
+        try:
+            stat = self._path.stat()
+            stamp: tuple[int, int, int] | None = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
+        except OSError:
+            stamp = None
+        if stamp == self._stamp:
+            return False
+        self._stamp = stamp
+        before = (self.state, self.problem)
+        if stamp is None:
+            self.state, self.problem = ABSENT, None
+        else:
+            try:
+                self.state = parse_service_state(self._path.read_text(encoding="utf-8"), self._boot_id)
+                self.problem = None
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                self.problem = f"{self._path}: {error}"
+        return before != (self.state, self.problem)
+
+
+def carried_to_json(carried: Carried, boot_id: str) -> dict[str, Any]:
+    """What the next instance takes over, with the boot it belongs to."""
+    return {"boot_id": boot_id, **asdict(carried)}
+
+
+def carried_from_json(data: object, boot_id: str) -> Carried:
+    """The other way round; an empty one where the data is of another boot or damaged."""
+    if not isinstance(data, dict) or data.get("boot_id") != boot_id:
+        return Carried()
+    try:
+        values = {f.name: data[f.name] for f in fields(Carried)}
+        carried = Carried(**values)
+        carried.stops = [float(stop) for stop in carried.stops]
+    except (KeyError, TypeError, ValueError):
+        return Carried()
+    return carried
+
+
+def read_json(path: Path) -> Any:
+    """The file's content; None where it cannot be read or is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write beside, then rename; a reader sees the old or the new text. Raises OSError, leaving nothing behind."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        try:
+            os.write(fd, text.encode("utf-8"))
+        finally:
+            os.close(fd)
+        beside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def read_boot_id() -> str:
+    """The kernel's id of this boot; empty where there is none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

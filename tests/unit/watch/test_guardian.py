@@ -1,0 +1,312 @@
+"""The watchdog as a process: a real kill of real processes, with a meminfo file that the test writes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[3]
+FLOOR, LOADING, HARD = 800_000, 700_000, 300_000
+AWAIT_S = 20.0
+
+
+def await_true(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + AWAIT_S
+    while not condition():
+        assert time.monotonic() < end, f"waited {AWAIT_S:.0f} s for: {what}"
+        time.sleep(0.01)
+
+
+class Host:
+    """A host as the watchdog sees it: meminfo, service.json, one container with one process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.meminfo = folder / "meminfo"
+        self.events_file = folder / "log" / "events.jsonl"
+        self.state_file = folder / "run" / "watchdog.json"
+        self.service_file = folder / "run" / "service.json"
+        self.evidence = folder / "evidence"
+        (folder / "run").mkdir()
+        self.set_memory(2_000_000)
+        self.guard: subprocess.Popen[str] | None = None
+        self.children: list[subprocess.Popen[bytes]] = []
+        self.settings = folder / "watchdog.toml"
+        self.write_settings()
+
+    def write_settings(self, extra: str = "") -> None:
+        self.settings.write_text(
+            f"""floor_kb = {FLOOR}
+loading_floor_kb = {LOADING}
+hard_floor_kb = {HARD}
+worst_fall_kb_s = 2000000
+warn_margin_kb = 100000
+return_stable_s = 0.2
+shed_grace_s = 1.0
+realtime = false
+{extra}
+[paths]
+service_state = "{self.service_file}"
+state = "{self.state_file}"
+metrics = "{self.folder}/run/watchdog.prom"
+events = "{self.events_file}"
+evidence = "{self.evidence}"
+evidence_fallback = "{self.folder}/run/evidence"
+meminfo = "{self.meminfo}"
+cgroup_root = "{self.folder}/cgroup"
+docker_data = "{self.folder}/docker"
+"""
+        )
+
+    def set_memory(self, kb: int | None) -> None:
+        """One write of a fixed length, so that a reading sees the old or the new number."""
+        number = "        garbage" if kb is None else f"{kb:15d}"
+        text = f"MemTotal:       {4_000_000:15d} kB\nMemAvailable:   {number} kB\n"
+        fd = os.open(self.meminfo, os.O_WRONLY | os.O_CREAT)
+        os.write(fd, text.encode())
+        os.close(fd)
+
+    def child(self, *command: str) -> subprocess.Popen[bytes]:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE)
+        self.children.append(child)
+        return child
+
+    def container(self, container_id: str = "c" * 64) -> subprocess.Popen[bytes]:
+        """A process in a folder that looks like its v1 cgroup; /proc cannot be made to look like a container."""
+        process = self.child("sleep", "300")
+        folder = self.folder / "cgroup" / "pids" / "docker" / container_id
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cgroup.procs").write_text(f"{process.pid}\n")
+        return process
+
+    def await_killed(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait for SIGKILL, then do what the kernel does: take the dead process out of cgroup.procs."""
+        assert process.wait(timeout=AWAIT_S) == -signal.SIGKILL
+        for procs in (self.folder / "cgroup" / "pids" / "docker").glob("*/cgroup.procs"):
+            procs.write_text("")
+
+    def serve(self, phase: str, process: subprocess.Popen[bytes] | None, supervisor: int | None = None) -> None:
+        container_id = "c" * 64 if process is not None else None
+        state = {
+            "phase": phase,
+            "pid": supervisor,
+            "container_id": container_id,
+            "container_pid": process.pid if process is not None else None,
+            "cgroup": {"v2": None, "v1": {"pids": f"/docker/{container_id}"}},
+            "profile": "test",
+            "boot_id": "",
+        }
+        beside = self.service_file.with_suffix(".new")
+        beside.write_text(json.dumps(state))
+        beside.replace(self.service_file)
+
+    def start(self) -> subprocess.Popen[str]:
+        self.guard = subprocess.Popen(
+            [sys.executable, "-m", "reap", "watch", "--config", str(self.settings)],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY / "plugins/module_utils")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        starts = len(self.events("start"))
+        await_true(lambda: len(self.events("start")) > starts, "the watchdog's start")
+        return self.guard
+
+    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        if not self.events_file.exists():
+            return []
+        events = [json.loads(line) for line in self.events_file.read_text().splitlines()]
+        return [event for event in events if kind is None or event["event"] == kind]
+
+    def phase(self) -> str:
+        """The phase of the last change of phase."""
+        changes = self.events("phase")
+        return changes[-1]["phase"] if changes else ""
+
+    def state(self) -> dict[str, Any]:
+        try:
+            loaded: dict[str, Any] = json.loads(self.state_file.read_text())
+        except (OSError, ValueError):
+            return {}
+        return loaded
+
+    def stop(self) -> None:
+        if self.guard is not None and self.guard.poll() is None:
+            self.guard.terminate()
+            self.guard.communicate(timeout=AWAIT_S)
+        for child in self.children:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+            child.wait()
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    made = Host(tmp_path)
+    yield made
+    made.stop()
+
+
+def serving(host: Host, phase: str = "serving") -> subprocess.Popen[bytes]:
+    process = host.container()
+    host.serve(phase, process)
+    host.start()
+    await_true(lambda: host.state().get("phase") == phase, "the phase in watchdog.json")
+    return process
+
+
+def test_a_crossed_floor_kills_the_container_and_leaves_evidence_and_a_hold(host: Host) -> None:
+    process = serving(host)
+    host.set_memory(310_000)
+    host.await_killed(process)
+    (kill,) = host.events("kill")
+    assert kill["mem_available_kb"] == 310_000
+    assert "kill: MemAvailable" in kill["why"]
+    await_true(lambda: host.events("killed"), "the word that the processes are gone")
+    state = host.state()
+    assert state["kills"] == 1
+    assert state["hold_until_available_kb"] > 310_000
+    assert state["last_event"]["event"] == "kill"
+    bundle_file = host.evidence / kill["evidence"] / "bundle.json"
+    await_true(bundle_file.exists, "the evidence bundle")
+    bundle = json.loads(bundle_file.read_text())
+    assert bundle["meminfo"][1].split()[1] == "310000"
+    assert bundle["series"][0][1] == 2_000_000
+    assert bundle["series"][-1][1] == 310_000
+    assert bundle["processes_after"]
+    metrics = (host.folder / "run" / "watchdog.prom").read_text()
+    assert "reap_watchdog_kills_total 1\n" in metrics
+
+
+def test_a_hold_ends_only_when_memory_is_back(host: Host) -> None:
+    process = serving(host)
+    host.set_memory(310_000)
+    host.await_killed(process)
+    await_true(lambda: host.state().get("hold_until_available_kb"), "the hold")
+    host.serve("absent", None)
+    host.set_memory(1_900_000)
+    await_true(lambda: host.events("release"), "the release")
+    await_true(lambda: host.state()["hold_until_available_kb"] is None, "no hold in watchdog.json")
+
+
+def test_a_planned_stop_below_the_floor_is_no_kill(host: Host) -> None:
+    process = serving(host)
+    host.serve("stopping", process)
+    await_true(lambda: host.phase() == "stopping", "the phase event")
+    host.set_memory(FLOOR - 200_000)
+    readings = len(host.events())
+    host.serve("absent", process)
+    await_true(lambda: host.phase() == "absent", "the phase event")
+    assert process.poll() is None
+    assert not host.events("kill")
+    assert not host.events("shed")
+    assert len(host.events()) >= readings
+
+
+def test_a_slow_crossing_asks_the_supervisor_and_kills_when_it_does_not_help(host: Host) -> None:
+    process = host.container()
+    script = "import signal,sys; signal.signal(15, lambda *_: print('asked', flush=True)); print('up', flush=True)\n"
+    supervisor = host.child(sys.executable, "-c", script + "while True: signal.pause()", "serve")
+    assert supervisor.stdout is not None
+    assert supervisor.stdout.readline() == b"up\n"
+    host.set_memory(FLOOR + 5_000)
+    host.serve("serving", process, supervisor.pid)
+    host.start()
+    await_true(lambda: host.state().get("phase") == "serving", "the phase")
+    host.set_memory(FLOOR - 5_000)
+    assert supervisor.stdout.readline() == b"asked\n"
+    assert process.poll() is None
+    host.await_killed(process)
+    assert [event["event"] for event in host.events() if event["event"] in ("shed", "kill")] == ["shed", "kill"]
+
+
+def test_without_a_supervisor_a_slow_crossing_is_a_kill(host: Host) -> None:
+    process = host.container()
+    host.set_memory(FLOOR + 5_000)
+    host.serve("serving", process)
+    host.start()
+    await_true(lambda: host.state().get("phase") == "serving", "the phase")
+    host.set_memory(FLOOR - 5_000)
+    host.await_killed(process)
+    assert "no supervisor" in host.events("kill")[0]["why"]
+
+
+def test_unreadable_memory_stops_nothing(host: Host) -> None:
+    process = serving(host)
+    host.set_memory(None)
+    await_true(lambda: host.events("blind"), "the word that memory cannot be read")
+    host.set_memory(2_000_000)
+    await_true(lambda: host.events("seeing"), "the word that it can be read again")
+    assert process.poll() is None
+    assert not host.events("kill")
+
+
+def test_after_kill_9_the_next_instance_knows_the_hold_and_guards_the_next_container(host: Host) -> None:
+    process = serving(host)
+    host.set_memory(310_000)
+    host.await_killed(process)
+    await_true(lambda: host.state().get("kills") == 1, "the kill in watchdog.json")
+    hold = host.state()["hold_until_available_kb"]
+    assert host.guard is not None
+    host.guard.kill()
+    host.guard.communicate(timeout=AWAIT_S)
+    host.start()
+    assert host.state()["hold_until_available_kb"] == hold
+    assert host.state()["kills"] == 1
+    following = host.container()
+    host.serve("serving", following)
+    await_true(lambda: host.phase() == "serving", "the phase")
+    host.set_memory(200_000)
+    host.await_killed(following)
+
+
+def test_a_spent_budget_latches_until_it_is_lifted(host: Host) -> None:
+    host.write_settings("budget = 1\ncooldown_s = 0.01")
+    host.start()
+    for count in (1, 2):
+        host.set_memory(2_000_000)
+        process = host.container()
+        host.serve("serving", process)
+        await_true(lambda: host.phase() == "serving", "the phase")
+        host.set_memory(200_000)
+        host.await_killed(process)
+        await_true(lambda count=count: host.state().get("kills") == count, "the kill")  # type: ignore[misc]
+        host.serve("absent", None)
+        await_true(lambda: host.phase() == "absent", "the phase")
+    assert host.state()["latched"]
+    assert host.state()["hold_until_available_kb"] > 4_000_000
+    done = subprocess.run(
+        [sys.executable, "-m", "reap", "watch", "--config", str(host.settings), "--lift"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "plugins/module_utils")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    await_true(lambda: host.state()["hold_until_available_kb"] is None, "the lifted hold")
+
+
+def test_it_stops_when_asked_and_says_so(host: Host) -> None:
+    guard = host.start()
+    guard.terminate()
+    guard.communicate(timeout=AWAIT_S)
+    assert guard.returncode == 0
+    assert host.events()[-1]["event"] == "stop"
+
+
+def test_a_damaged_state_file_is_said_and_the_last_one_kept(host: Host) -> None:
+    process = serving(host)
+    host.service_file.write_text("{")
+    await_true(lambda: host.events("problem"), "the problem")
+    host.set_memory(310_000)
+    host.await_killed(process)
