@@ -1,0 +1,62 @@
+"""``reap serve``: the main process of reap.service, and what a provision does to the unit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ..errors import ReapError
+from ..serve.apply import apply, rollback
+from ..serve.cleanup import clean_up
+from ..serve.config import ServiceConfig
+from ..serve.docker import Docker
+from ..serve.notify import Notifier
+from ..serve.state import boot_id, read_json, write_json
+from ..serve.supervisor import Supervisor
+
+HELP = "run the model container in the foreground for systemd"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--config", type=Path, default=Path("/etc/reap/service.json"), metavar="FILE")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--apply", action="store_true", help="make the unit serve what FILE asks for, and wait for it")
+    action.add_argument("--rollback", action="store_true", help="go back to the generation that served before")
+    action.add_argument("--clean-up", action="store_true", help="remove what a killed service left (ExecStopPost=)")
+    parser.add_argument("--check", action="store_true", help="with --apply: only say what would be done")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run it; the exit statuses of the service itself are in :mod:`reap.serve.supervisor`."""
+    if args.apply or args.rollback:
+        outcome = rollback(args.config) if args.rollback else apply(args.config, check=args.check)
+        print(json.dumps(outcome.to_mapping()))
+        return 1 if outcome.error else 0
+    if args.clean_up:
+        return _clean_up(args.config)
+    notifier = Notifier()
+    try:
+        return Supervisor(args.config, notifier=notifier).run()
+    except ReapError as error:
+        notifier.status(f"cannot start: {error}")
+        raise
+
+
+def _clean_up(config_path: Path) -> int:
+    """After the end of the main process, however it ended."""
+    try:
+        run_dir = Path(ServiceConfig.read(config_path).run_dir)
+    except ReapError as error:
+        # The file may be gone with a teardown; systemd's folder is then the only place to look.
+        print(f"reap serve: {error}", file=sys.stderr)
+        run_dir = Path("/run/reap")
+    clean_up(Docker(), run_dir)
+    state = read_json(run_dir / "service.json")
+    if state and state.get("phase") != "absent" and state.get("boot_id") == boot_id():
+        text = f"the service's main process was killed while {state['phase']}"
+        state |= {"phase": "absent", "detail": text, "progress": None, "container_id": None, "container_pid": None}
+        write_json(run_dir / "service.json", state)
+    return 0

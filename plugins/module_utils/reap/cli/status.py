@@ -1,0 +1,95 @@
+"""``reap status``: what this host serves, in one line or as JSON. Reads files only; changes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ..errors import ReapError
+from ..serve.host import mem_available_kb
+from ..serve.state import alive, read_json
+
+HELP = "say in one line or in JSON what this host serves"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of one line")
+    parser.add_argument("--run-dir", type=Path, default=Path("/run/reap"), metavar="DIR")
+    parser.add_argument("--evidence-dir", type=Path, default=Path("/var/lib/reap/evidence"), metavar="DIR")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print it; exit 0 when a model serves, 1 when not."""
+    found = collect(args.run_dir, args.evidence_dir)
+    print(json.dumps(found, sort_keys=True) if args.json else one_line(found))
+    return 0 if found["phase"] == "serving" else 1
+
+
+def collect(run_dir: Path, evidence_dir: Path) -> dict[str, Any]:
+    """What the service, the watchdog and the last verification left in their files.
+
+    Returns:
+        phase (serving, loading, stopping, absent), generation, profile, model, image, endpoint, since_unix (s), detail,
+        progress, replaced; mem_available_kb (kB); watchdog {phase, mem_available_kb, floor_kb, kills,
+        hold_until_available_kb, last_event} or null; verification {verdict, report, finished_unix} or null.
+    """
+    state = read_json(run_dir / "service.json") or {}
+    names = ("generation", "profile", "image", "endpoint", "since_unix", "detail", "progress", "replaced")
+    found: dict[str, Any] = {"phase": state.get("phase", "absent"), "model": state.get("served_model_name")}
+    found |= {name: state.get(name) for name in names}
+    if not state:
+        found["detail"] = "the service has not run since the last boot"
+    elif found["phase"] != "absent" and not alive(state):
+        found |= {"phase": "absent", "progress": None, "detail": f"the main process is gone; it was {state['phase']}"}
+    try:
+        found["mem_available_kb"] = mem_available_kb()
+    except (OSError, ReapError):
+        found["mem_available_kb"] = None
+    watchdog = read_json(run_dir / "watchdog.json")
+    keys = ("phase", "mem_available_kb", "floor_kb", "kills", "hold_until_available_kb", "last_event")
+    found["watchdog"] = None if watchdog is None else {key: watchdog.get(key) for key in keys}
+    found["verification"] = _last_verification(evidence_dir)
+    return found
+
+
+def one_line(found: dict[str, Any]) -> str:
+    """The same for a person."""
+    phase = found["phase"]
+    since = f" for {_age(found['since_unix'])}" if found.get("since_unix") else ""
+    parts = [f"{phase}{since}"]
+    if phase in ("serving", "stopping", "loading"):
+        parts.append(f"{found['model']} ({found['profile']}) on {found['endpoint']}")
+    if phase != "serving" and found.get("detail"):
+        parts.append(str(found["detail"]))
+    if found.get("replaced"):
+        parts.append(f"NOT {found['replaced']['generation']}, which failed: {found['replaced']['reason']}")
+    if found.get("mem_available_kb") is not None:
+        parts.append(f"{found['mem_available_kb'] / 1024**2:.1f} GiB available")
+    watchdog = found.get("watchdog")
+    parts.append(
+        "no watchdog state" if watchdog is None else f"watchdog {watchdog['phase']}, {watchdog['kills']} kills"
+    )
+    check = found.get("verification")
+    parts.append("never verified" if check is None else f"last verification {check['verdict']}")
+    return "; ".join(parts)
+
+
+def _last_verification(folder: Path) -> dict[str, Any] | None:
+    reports = sorted(folder.glob("*/report.json"))
+    if not reports:
+        return None
+    report = read_json(reports[-1]) or {}
+    finished = reports[-1].stat().st_mtime
+    return {"verdict": report.get("verdict", "unreadable"), "report": str(reports[-1]), "finished_unix": finished}
+
+
+def _age(since_unix: float) -> str:
+    seconds = max(0, int(time.time() - since_unix))
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"

@@ -1,0 +1,178 @@
+"""What a provision, and a person, do to reap.service: bring up what the configuration asks for, or go back.
+
+Run on the host. It looks at what is, not at what a playbook just changed: a run that was cut off between writing a
+file and restarting is finished by the next one, and nothing that already serves is restarted.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ReapError
+from .config import ServiceConfig
+from .generations import Generations
+from .state import alive, read_json, write_json
+from .supervisor import UNIT
+
+_JOURNAL_LINES = 25
+
+
+@dataclass
+class Outcome:
+    """What was done. ``error`` is None when the wanted generation serves."""
+
+    changed: bool
+    generation: str
+    endpoint: str
+    msg: str
+    error: str | None = None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As the last line of the command's output has it."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+def apply(config_path: Path, *, check: bool = False) -> Outcome:
+    """Make the unit serve what the file asks for, and wait until it has answered.
+
+    Args:
+        config_path: /etc/reap/service.json.
+        check: only say what would be done.
+
+    Returns:
+        ``changed`` false when it already served. ``error`` set when the wanted generation does not serve: it then
+        names why, and which previous generation serves instead.
+
+    Raises:
+        ReapError: the file or the unit is missing or wrong.
+    """
+    wanted = ServiceConfig.read(config_path)
+    unit = _unit()
+    state = read_json(Path(wanted.run_dir) / "service.json") or {}
+    reasons = _reasons(wanted, unit, state)
+    if not reasons:
+        return Outcome(False, wanted.generation, wanted.endpoint, f"{wanted.generation} serves on {wanted.endpoint}")
+    if check:
+        return Outcome(True, wanted.generation, wanted.endpoint, "; ".join(reasons))
+    if unit["NeedDaemonReload"] == "yes" or unit["LoadState"] != "loaded":
+        _systemctl("daemon-reload")
+        unit = _unit()
+        if unit["LoadState"] != "loaded":
+            raise ReapError(f"{UNIT} is {unit['LoadState']}, wanted a unit file; provision this host")
+    if unit["UnitFileState"] != "enabled":
+        _systemctl("enable", UNIT)
+    started = time.time()
+    reasons = _reasons(wanted, unit, state)
+    if reasons:
+        # A provision is a person's word: what failed or latched before is tried again.
+        Generations(Path(wanted.state_dir)).forgive(wanted.generation)
+        _systemctl("reset-failed", UNIT, may_fail=True)
+        loading = unit["ActiveState"] == "activating" and alive(state) and state.get("phase") == "loading"
+        attach = loading and _same(wanted, state)
+        _systemctl("start" if attach else "restart", UNIT, may_fail=True)
+    return _result(wanted, "; ".join(reasons) or "enabled", started)
+
+
+def rollback(config_path: Path) -> Outcome:
+    """Go back to the generation that served before the one that was asked for last.
+
+    The file is replaced by that generation's; the next provision asks for its own again.
+
+    Raises:
+        ReapError: no other generation ever served on this host, or the file is missing or wrong.
+    """
+    wanted = ServiceConfig.read(config_path)
+    state = read_json(Path(wanted.run_dir) / "service.json") or {}
+    # Where the wanted one failed, the previous one may be serving already: going back then only makes it official.
+    leaving = wanted.generation if state.get("replaced") else state.get("generation") or wanted.generation
+    generations = Generations(Path(wanted.state_dir))
+    target = generations.previous(leaving)
+    if target is None:
+        known = ", ".join(generations.good) or "none"
+        raise ReapError(f"no generation to go back to from {leaving}: those that served on this host: {known}")
+    write_json(config_path, target.to_mapping())
+    outcome = apply(config_path)
+    outcome.changed = True
+    outcome.msg = f"went back from {leaving} to {target.generation}: {outcome.msg}"
+    return outcome
+
+
+def _reasons(wanted: ServiceConfig, unit: dict[str, str], state: dict[str, Any]) -> list[str]:
+    """Why something has to be done; empty when the wanted generation serves."""
+    reasons = []
+    if unit["LoadState"] != "loaded":
+        reasons.append("the unit is new")
+    elif unit["UnitFileState"] != "enabled":
+        reasons.append("the unit is not enabled")
+    if unit["ActiveState"] != "active" or not alive(state) or state.get("phase") != "serving":
+        return [*reasons, f"the service is {unit['ActiveState']}"]
+    if state.get("generation") != wanted.generation:
+        reasons.append(f"{state.get('generation')} serves, wanted {wanted.generation}")
+    if not _same_key(wanted, state):
+        reasons.append("the API key changed")
+    fragment = Path(unit["FragmentPath"] or "/nonexistent")
+    if fragment.exists() and fragment.stat().st_mtime > float(state.get("started_unix") or 0):
+        reasons.append("the unit file changed")
+    return reasons
+
+
+def _same(wanted: ServiceConfig, state: dict[str, Any]) -> bool:
+    return state.get("generation") == wanted.generation and _same_key(wanted, state)
+
+
+def _same_key(wanted: ServiceConfig, state: dict[str, Any]) -> bool:
+    try:
+        now = Path(wanted.api_key_file).stat().st_mtime_ns if wanted.api_key_file else None
+    except OSError:
+        return False
+    return bool(now == state.get("key_mtime_ns"))
+
+
+def _result(wanted: ServiceConfig, msg: str, started_unix: float) -> Outcome:
+    state = read_json(Path(wanted.run_dir) / "service.json") or {}
+    unit = _unit()
+    serving = unit["ActiveState"] == "active" and alive(state) and state.get("phase") == "serving"
+    outcome = Outcome(True, wanted.generation, wanted.endpoint, msg)
+    if serving and state.get("generation") == wanted.generation:
+        return outcome
+    detail = state.get("detail") or f"{UNIT} is {unit['ActiveState']} ({unit['Result']})"
+    replaced = state.get("replaced")
+    if serving and replaced:
+        outcome.error = (
+            f"generation {replaced['generation']} did not serve: {replaced['reason']}. "
+            f"The previous one, {state['generation']}, serves again on {state['endpoint']}"
+        )
+    else:
+        outcome.error = f"generation {wanted.generation} does not serve: {detail}"
+    print(f"The last lines of {UNIT}'s journal:\n{_journal(started_unix)}", file=sys.stderr)
+    return outcome
+
+
+def _unit() -> dict[str, str]:
+    names = "LoadState,ActiveState,UnitFileState,NeedDaemonReload,FragmentPath,Result"
+    lines = _systemctl("show", UNIT, f"--property={names}").splitlines()
+    return dict.fromkeys(names.split(","), "") | dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def _systemctl(*arguments: str, may_fail: bool = False) -> str:
+    try:
+        done = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise ReapError("systemctl is not there: this host does not run systemd, which reap.service needs") from error
+    if done.returncode and not may_fail:
+        raise ReapError(f"systemctl {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _journal(since_unix: float) -> str:
+    # journalctl, for a person: what the failed start said.
+    command = ["journalctl", f"--unit={UNIT}", f"--since=@{since_unix:.0f}", f"--lines={_JOURNAL_LINES}"]
+    done = subprocess.run(
+        [*command, "--output=cat", "--no-pager", "--quiet"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.rstrip() or done.stderr.rstrip()

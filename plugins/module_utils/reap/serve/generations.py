@@ -1,0 +1,94 @@
+"""What was asked for before: which configurations served, which failed, and which one to go back to.
+
+<state_dir>/generations/<name>.json holds a configuration that served; <state_dir>/generations.json says
+{"good": [names, newest first], "failed": {name: {"reason", "at_unix"}}, "attempts": {name: n}}.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ..errors import ReapError
+from .config import ServiceConfig
+from .state import read_json, write_json
+
+KEPT = 5
+# A first load during which the host went down says nothing; a second one does.
+UNFINISHED_LIMIT = 2
+
+
+class Generations:
+    """The record of one host."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "generations"
+        self._file = folder / "generations.json"
+
+    @property
+    def good(self) -> list[str]:
+        """Generations that served, newest first."""
+        return list(self._record()["good"])
+
+    def failure(self, name: str) -> str | None:
+        """Why a generation failed, or nothing."""
+        entry = self._record()["failed"].get(name)
+        return entry["reason"] if entry else None
+
+    def previous(self, name: str) -> ServiceConfig | None:
+        """The newest generation that served and is not this one."""
+        return next((config for other in self.good if other != name and (config := self._load(other))), None)
+
+    def begin(self, name: str) -> None:
+        """Note that a generation is about to be loaded; :meth:`serves`, :meth:`failed` or :meth:`undone` ends that."""
+        record = self._record()
+        if name in record["good"]:
+            return
+        record["attempts"][name] = record["attempts"].get(name, 0) + 1
+        if record["attempts"][name] > UNFINISHED_LIMIT:
+            reason = f"{UNFINISHED_LIMIT} loads never ended: the host or this process went down each time"
+            record["failed"][name] = {"reason": reason, "at_unix": time.time()}
+        write_json(self._file, record)
+
+    def undone(self, name: str) -> None:
+        """The load was called off by a stop: it says nothing of the generation."""
+        record = self._record()
+        if record["attempts"].pop(name, None):
+            write_json(self._file, record)
+
+    def serves(self, config: ServiceConfig) -> None:
+        """The generation is ready and answered: it is current from now on."""
+        name = config.generation
+        write_json(self._folder / f"{name}.json", config.to_mapping())
+        record = self._record()
+        record["good"] = [name, *(other for other in record["good"] if other != name)][:KEPT]
+        record["failed"].pop(name, None)
+        record["attempts"].pop(name, None)
+        write_json(self._file, record)
+        for file in self._folder.glob("*.json"):
+            if file.stem not in record["good"]:
+                file.unlink()
+
+    def failed(self, name: str, reason: str) -> None:
+        """The generation never served: it is not tried again until :meth:`forgive`."""
+        record = self._record()
+        record["failed"][name] = {"reason": reason, "at_unix": time.time()}
+        record["attempts"].pop(name, None)
+        write_json(self._file, record)
+
+    def forgive(self, name: str) -> None:
+        """Try a failed generation again at the next start."""
+        record = self._record()
+        failed, attempts = record["failed"].pop(name, None), record["attempts"].pop(name, None)
+        if failed or attempts:
+            write_json(self._file, record)
+
+    def _record(self) -> dict[str, Any]:
+        return {"good": [], "failed": {}, "attempts": {}} | (read_json(self._file) or {})
+
+    def _load(self, name: str) -> ServiceConfig | None:
+        try:
+            return ServiceConfig.read(self._folder / f"{name}.json")
+        except ReapError:
+            return None

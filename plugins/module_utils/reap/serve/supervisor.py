@@ -1,0 +1,518 @@
+"""The life of reap.service's main process: gate, container, first answer, watch, drain, removal.
+
+systemd sees Type=notify: READY=1 is said after the model has answered a request. Exit statuses are what the unit's
+Restart= policy tells apart: see the constants.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..errors import ReapError
+from . import cgroups, shm
+from .cleanup import clean_up
+from .config import CONTAINER_NAME, ServiceConfig, Timings
+from .docker import Docker, DockerDown, run_command
+from .failure import Failure, Restarts, Stopped
+from .generations import Generations
+from .host import drop_page_cache, mem_available_kb, port_taken, read_key
+from .notify import Notifier
+from .probe import Activity, Endpoint
+from .progress import LoadProgress
+from .state import ServiceState, read_json, write_json, write_text
+
+# Everything this process needs later must be imported now: a new provision replaces the program's archive while the
+# model is being served, and an import from the replaced archive fails. (The gate is optional: a host may do without.)
+try:
+    from ..memory import start_gate
+except ImportError:
+    start_gate = None
+
+STOPPED = 0
+FAILED = 1
+"""The model ended or did not start: systemd starts again, after the backoff."""
+LATCHED = 76
+"""Too many failures: systemd leaves it (RestartPreventExitStatus=) until a person or a provision starts it."""
+WRONG = 78
+"""It cannot work as configured: systemd leaves it."""
+
+UNIT = "reap.service"
+PATIENCE_S = 60
+"""Given to systemd with every sign of life while a start or stop goes on."""
+
+
+class Supervisor:
+    """One run of ``reap serve``."""
+
+    def __init__(
+        self,
+        config_path: Path,
+        *,
+        docker: Docker | None = None,
+        notifier: Notifier | None = None,
+        tick_s: float = 1.0,
+        automatic_restart: bool | None = None,
+    ) -> None:
+        self._config_path = config_path
+        self._docker = docker or Docker()
+        self._notifier = notifier or Notifier()
+        self._tick_s = tick_s
+        self._automatic = _automatic_restart() if automatic_restart is None else automatic_restart
+        self._stop_asked = threading.Event()
+        self._wanted = ServiceConfig.read(config_path)
+        run_dir = Path(self._wanted.run_dir)
+        self._run_dir = run_dir
+        self._state = ServiceState(run_dir / "service.json", CONTAINER_NAME)
+        self._progress_path = run_dir / "progress" / "model_load.json"
+        self._restarts = Restarts(run_dir / "restarts.json")
+        self._generations = Generations(Path(self._wanted.state_dir))
+        self._client: subprocess.Popen[bytes] | None = None
+        self._reader: threading.Thread | None = None
+        self._tail: deque[str] = deque(maxlen=40)
+        self._load = LoadProgress()
+        self._segments: set[str] = set()
+        self._kills_before = 0
+
+    def run(self) -> int:
+        """Serve until asked to stop or until serving fails; returns the exit status."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        timings = self._wanted.timings
+        try:
+            if not self._automatic:
+                self._restarts.clear()
+            failures = self._restarts.recent(timings.restart_window_s)
+            if len(failures) >= timings.restart_limit:
+                return self._latch(failures[-1]["reason"], len(failures))
+            self._pause(timings.backoff(len(failures)), f"restart {len(failures)} of {timings.restart_limit - 1}")
+            self._serve_one_of_them()
+        except Stopped:
+            self._tear_down()
+            self._say("stopped")
+            self._state.publish(phase="absent", detail="stopped", progress=None)
+            self._restarts.clear()
+            return STOPPED
+        except Failure as failure:
+            return self._fail(failure)
+        finally:
+            self._tear_down()
+        raise AssertionError("serving ends by an exception")
+
+    # ---- what to serve -------------------------------------------------------------------------------------------
+
+    def _serve_one_of_them(self) -> None:
+        """Serve what is wanted; where that never served and fails, serve what served before."""
+        wanted, name = self._wanted, self._wanted.generation
+        reason = self._generations.failure(name)
+        if reason is None:
+            self._generations.begin(name)
+            reason = self._generations.failure(name)
+        previous = self._generations.previous(name)
+        if reason is None or previous is None:
+            try:
+                self._serve(wanted, None)
+            except Stopped:
+                self._generations.undone(name)
+                raise
+            except Failure as failure:
+                if name in self._generations.good or not failure.blames:
+                    self._generations.undone(name)
+                    raise
+                reason = str(failure)
+                self._generations.failed(name, reason)
+                if previous is None:
+                    raise
+                self._tear_down()
+                self._say(f"generation {name} failed: {reason}; going back to {previous.generation}", error=True)
+        assert previous is not None
+        try:
+            self._serve(previous, {"generation": name, "reason": reason})
+        except Failure as failure:
+            text = f"generation {name} failed: {reason}; the previous one, {previous.generation}, failed too: {failure}"
+            raise Failure(text, permanent=failure.permanent) from failure
+
+    def _serve(self, config: ServiceConfig, replaced: dict[str, str | None] | None) -> None:
+        """Load one configuration and serve it; ends by Stopped or Failure only."""
+        try:
+            self._load_and_watch(config, replaced)
+        except DockerDown as down:
+            raise Failure(str(down), blames=False) from down
+        except ReapError as error:
+            raise Failure(str(error), permanent=True) from error
+
+    def _load_and_watch(self, config: ServiceConfig, replaced: dict[str, str | None] | None) -> None:
+        self._state.publish(
+            phase="absent",
+            generation=config.generation,
+            profile=config.profile,
+            served_model_name=config.served_model_name,
+            image=config.image,
+            endpoint=config.endpoint,
+            replaced=replaced,
+            detail="preparing",
+            container_id=None,
+            container_pid=None,
+            cgroup=cgroups.NOWHERE,
+            started_unix=None,
+        )
+        key = self._prepare(config)
+        if config.drop_page_cache:
+            drop_page_cache()
+        self._pass_gate(config)
+        self._launch(config, key)
+        deadline = time.monotonic() + config.timings.start_timeout_s
+        self._note_container(deadline)
+        self._await_answer(config, key, deadline)
+        self._generations.serves(config)
+        self._report_load("done")
+        text = f"serving {config.served_model_name} on {config.endpoint}, generation {config.generation}"
+        if replaced:
+            text += f"; NOT {replaced['generation']}, which failed: {replaced['reason']}"
+        self._state.publish(phase="serving", detail=text, progress=None)
+        self._say(text)
+        self._notifier.send("READY=1")
+        self._watch(config, key)
+
+    # ---- before the load -----------------------------------------------------------------------------------------
+
+    def _prepare(self, config: ServiceConfig) -> str | None:
+        """Make sure of everything that can be known before the load; returns the API key."""
+        self._await_engine()
+        self._remove_leftovers()
+        if self._docker.image_id(config.image) is None:
+            raise Failure(f"image {config.image} is not on this host; provision it", permanent=True)
+        if not Path(config.model_dir, "config.json").is_file():
+            raise Failure(f"no checkpoint in {config.model_dir} (config.json is missing); provision it", permanent=True)
+        key = None
+        self._state.publish(key_mtime_ns=None)
+        if config.api_key_file:
+            key = read_key(Path(config.api_key_file))
+            self._state.publish(key_mtime_ns=Path(config.api_key_file).stat().st_mtime_ns)
+        taken = port_taken(config.host, config.port)
+        if taken:
+            raise Failure(taken, blames=False)
+        Path(config.cache_dir).mkdir(parents=True, exist_ok=True)
+        return key
+
+    def _await_engine(self) -> None:
+        """The engine may still be coming up after a reboot or its own restart."""
+        deadline = time.monotonic() + PATIENCE_S
+        while fault := self._docker.fault():
+            if time.monotonic() > deadline:
+                raise Failure(f"the container engine does not answer: {fault}", blames=False)
+            self._wait(f"waiting for the container engine: {fault}")
+
+    def _remove_leftovers(self) -> None:
+        found = self._docker.find(CONTAINER_NAME)
+        if found and found.generation is None:
+            text = f"a container named {CONTAINER_NAME} is there that this service did not make; remove it"
+            raise Failure(f"{text}: docker rm -f {CONTAINER_NAME}", permanent=True, blames=False)
+        clean_up(self._docker, self._run_dir)
+
+    def _pass_gate(self, config: ServiceConfig) -> None:
+        """Wait for memory that a killed model still holds, then ask whether the profile fits."""
+        deadline = time.monotonic() + config.timings.memory_wait_s
+        while True:
+            watchdog = read_json(self._run_dir / "watchdog.json") or {}
+            self._kills_before = int(watchdog.get("kills") or 0)
+            hold = watchdog.get("hold_until_available_kb")
+            available = mem_available_kb()
+            refusal = None
+            if hold is not None and available < int(hold):
+                refusal = f"{available} kB available, the watchdog asks for {hold} kB before the next start"
+            elif config.fit is not None and start_gate is not None:
+                gate = start_gate(config.fit, hold_until_available_kb=hold)
+                if gate.allowed:
+                    print(gate.text, flush=True)
+                    return
+                refusal = gate.message
+            if refusal is None:
+                return
+            if time.monotonic() > deadline:
+                raise Failure(f"memory gate: {refusal}")
+            self._wait(f"waiting for memory: {refusal}", self._tick_s * 5)
+
+    # ---- the load ------------------------------------------------------------------------------------------------
+
+    def _launch(self, config: ServiceConfig, key: str | None) -> None:
+        environment_file = None
+        if key:
+            environment_file = self._run_dir / "model.env"
+            write_text(environment_file, f"VLLM_API_KEY={key}\n", 0o600)
+        self._tail.clear()
+        self._load = LoadProgress()
+        self._segments = set()
+        self._state.publish(phase="loading", detail="starting the container", progress=self._load.to_mapping())
+        self._client = subprocess.Popen(
+            run_command(config, environment_file, self._docker.binary),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            # A signal to this process's group must not reach the client: the stop is this process's own business.
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read_log, args=(self._client, self._load), daemon=True)
+        self._reader.start()
+
+    def _note_container(self, deadline: float) -> None:
+        """Publish where the container's processes are, so that the watchdog can reach them without the engine."""
+        while True:
+            self._raise_if_over()
+            found = self._docker.find(CONTAINER_NAME)
+            if found and found.pid:
+                break
+            if time.monotonic() > deadline:
+                raise Failure("the container engine did not start the container in time", blames=False)
+            self._wait("starting the container", self._tick_s / 5)
+        (self._run_dir / "model.env").unlink(missing_ok=True)
+        self._state.publish(
+            container_id=found.id,
+            container_pid=found.pid,
+            cgroup=cgroups.of_process(found.pid),
+            started_unix=time.time(),
+        )
+
+    def _await_answer(self, config: ServiceConfig, key: str | None, deadline: float) -> None:
+        """Wait until the model has answered; the request is made aside, so that a signal is heard meanwhile."""
+        endpoint = Endpoint(config.endpoint, key)
+        outcome: list[str | None] = []
+        asking: threading.Thread | None = None
+
+        def ask() -> None:
+            fault = endpoint.fault(config.served_model_name, max(5.0, deadline - time.monotonic()))
+            outcome.append(fault)
+
+        while True:
+            self._raise_if_over()
+            if asking is None and endpoint.healthy(2.0):
+                self._load.read("Application startup complete")
+                asking = threading.Thread(target=ask, daemon=True)
+                asking.start()
+            elif outcome and outcome[0] is None:
+                return
+            elif outcome:
+                raise Failure(f"the model is up and does not answer as it should: {outcome[0]}")
+            if time.monotonic() > deadline:
+                last = self._tail[-1] if self._tail else "nothing logged"
+                limit = config.timings.start_timeout_s
+                raise Failure(f"no answer within {limit} s ({self._load.text()}); last log line: {last}")
+            self._note_segments()
+            self._state.publish(detail=self._load.text(), progress=self._load.to_mapping())
+            self._report_load("running")
+            self._wait(self._load.text())
+
+    def _read_log(self, client: subprocess.Popen[bytes], load: LoadProgress) -> None:
+        """Hand the container's output to the journal; a progress bar's redraws only every 10 s."""
+        assert client.stdout is not None
+        last_redraw = 0.0
+        pending = b""
+        while chunk := os.read(client.stdout.fileno(), 65536):
+            pending += chunk
+            while (cut := _line_end(pending)) is not None:
+                raw, redraw, pending = pending[:cut], pending[cut : cut + 1] == b"\r", pending[cut + 1 :]
+                line = raw.decode(errors="replace").rstrip()
+                if not line:
+                    continue
+                load.read(line)
+                if redraw:
+                    if time.monotonic() - last_redraw < 10:
+                        continue
+                    last_redraw = time.monotonic()
+                self._tail.append(line)
+                print(line, flush=True)
+
+    def _report_load(self, state: str, error: str | None = None) -> None:
+        content: dict[str, Any] = {
+            "step": "model_load",
+            "state": state,
+            "rate": None,
+            "eta_s": None,
+            "source": "disk",
+            "error": error,
+        }
+        mapping = self._load.to_mapping()
+        content |= {key: mapping[key] for key in ("done", "total", "unit")}
+        content |= {"detail": self._load.text(), "updated_unix": time.time()}
+        write_json(self._progress_path, content)
+
+    # ---- serving -------------------------------------------------------------------------------------------------
+
+    def _watch(self, config: ServiceConfig, key: str | None) -> None:
+        """Until the container ends, a stop is asked for, or the engine stands still with requests in it."""
+        endpoint = Endpoint(config.endpoint, key)
+        last: Activity | None = None
+        moved = time.monotonic()
+        looked = 0.0
+        while True:
+            self._raise_if_over()
+            now = time.monotonic()
+            stall_s = config.timings.stall_s
+            if stall_s and now - looked >= min(10.0, stall_s / 4):
+                looked = now
+                self._note_segments()
+                activity = endpoint.activity()
+                # A server that does not even give its metrics while it is alive is wedged like one that stands still.
+                if activity is not None and (not activity.busy or last is None or activity.position != last.position):
+                    last, moved = activity, now
+                elif now - moved > stall_s:
+                    seen = f"{activity.running} requests run" if activity else "/metrics does not answer"
+                    raise Failure(f"wedged: {seen} and no token was counted for {now - moved:.0f} s", blames=False)
+            self._stop_asked.wait(self._tick_s)
+
+    def _note_segments(self) -> None:
+        found = self._segments | shm.mapped(cgroups.processes(self._state["cgroup"]))
+        if found != self._segments:
+            self._segments = found
+            write_json(self._run_dir / "segments.json", {"names": sorted(found)})
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    def _tear_down(self) -> None:
+        """Drain when serving, stop, kill what is left, remove what it left behind."""
+        client, self._client = self._client, None
+        if client is None:
+            return
+        timings = self._timings()
+        if client.poll() is None:
+            serving = self._state["phase"] == "serving"
+            self._state.publish(phase="stopping", detail="stopping", progress=None)
+            self._notifier.send("STOPPING=1")
+            if serving and self._stop_asked.is_set():
+                self._drain(timings.drain_s)
+            self._note_segments()
+            self._notifier.extend(timings.grace_s + PATIENCE_S)
+            try:
+                # vLLM has been seen to hang on SIGTERM while a client is connected: the grace bounds it.
+                self._docker.stop(CONTAINER_NAME, timings.grace_s)
+            except DockerDown as down:
+                self._say(f"{down}; killing the container's processes without it", error=True)
+                cgroups.kill(self._state["cgroup"])
+        self._notifier.extend(PATIENCE_S)
+        clean_up(self._docker, self._run_dir, self._state["cgroup"])
+        try:
+            client.wait(15)
+        except subprocess.TimeoutExpired:
+            client.kill()
+            client.wait()
+        if self._reader:
+            self._reader.join(5)
+        self._state.publish(phase="absent", container_id=None, container_pid=None, cgroup=cgroups.NOWHERE)
+
+    def _drain(self, drain_s: float) -> None:
+        """Let running requests go on for their time."""
+        endpoint = Endpoint(self._state["endpoint"])
+        deadline = time.monotonic() + drain_s
+        while (left := deadline - time.monotonic()) > 0:
+            activity = endpoint.activity(2.0)
+            if activity is None or not activity.busy or (self._client and self._client.poll() is not None):
+                return
+            text = f"stopping: {activity.running + activity.waiting} requests have {left:.0f} s left"
+            self._state.publish(detail=text)
+            self._notifier.status(text)
+            self._notifier.extend(PATIENCE_S)
+            time.sleep(min(self._tick_s, left))
+
+    def _fail(self, failure: Failure) -> int:
+        """Record why, and choose the exit status."""
+        reason = " ".join(str(failure).split())
+        timings = self._timings()
+        self._report_load("failed", reason)
+        if not failure.permanent:
+            count = self._restarts.add(reason, timings.restart_window_s)
+            if count >= timings.restart_limit:
+                return self._latch(reason, count)
+            text, status = f"failed ({count} of {timings.restart_limit}): {reason}", FAILED
+        else:
+            text, status = f"cannot start: {reason}", WRONG
+        self._say(text, error=True)
+        self._tear_down()
+        self._state.publish(phase="absent", detail=text, progress=None)
+        return status
+
+    def _latch(self, reason: str, count: int) -> int:
+        text = f"latched after {count} failures, the last: {reason}. Lift with: systemctl start {UNIT}"
+        self._say(text, error=True)
+        self._tear_down()
+        self._state.publish(phase="absent", detail=text, progress=None)
+        return LATCHED
+
+    # ---- waiting -------------------------------------------------------------------------------------------------
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self._stop_asked.set()
+
+    def _wait(self, status: str, seconds: float | None = None) -> None:
+        """One tick of a start: systemd hears that it goes on."""
+        self._notifier.status(status)
+        self._notifier.extend(PATIENCE_S)
+        if self._stop_asked.wait(self._tick_s if seconds is None else seconds):
+            raise Stopped
+
+    def _pause(self, seconds: float, why: str) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            text = f"{why} in {left:.0f} s"
+            self._state.publish(phase="absent", detail=text)
+            self._wait(text, min(self._tick_s, left))
+
+    def _raise_if_over(self) -> None:
+        if self._stop_asked.is_set():
+            raise Stopped
+        client = self._client
+        if client is None or client.poll() is None:
+            return
+        raise Failure(self._ending(client.returncode))
+
+    def _ending(self, status: int) -> str:
+        """Why the container ended, as far as anybody knows."""
+        watchdog = read_json(self._run_dir / "watchdog.json") or {}
+        if int(watchdog.get("kills") or 0) > self._kills_before:
+            event = watchdog.get("last_event") or {}
+            return f"the memory watchdog stopped the model: {event.get('detail') or event.get('reason') or event}"
+        doing = "serving" if self._state["phase"] == "serving" else self._load.text()
+        # The reader may be a moment behind the client's end.
+        end = time.monotonic() + 1
+        while self._reader and self._reader.is_alive() and time.monotonic() < end:
+            self._reader.join(0.1)
+        told = self._load.error or (self._tail[-1] if self._tail else "nothing logged")
+        # The engine's client gives the container's status: 128 + signal where a signal ended it.
+        signalled = status - 128 if status > 128 else -status
+        how = f"was killed by signal {signalled}" if signalled > 0 else f"ended with exit status {status}"
+        return f"the container {how} while {doing}: {told}"
+
+    def _timings(self) -> Timings:
+        """Times as the file has them now: they may have changed without a new generation."""
+        try:
+            return ServiceConfig.read(self._config_path).timings
+        except ReapError:
+            return self._wanted.timings
+
+    def _say(self, text: str, error: bool = False) -> None:
+        """One line for the journal and for ``systemctl status``."""
+        print(f"reap serve: {text}", file=sys.stderr if error else sys.stdout, flush=True)
+        self._notifier.status(text)
+
+
+def _automatic_restart() -> bool:
+    """Whether systemd started this by its Restart= policy, and not a person, a provision or the boot."""
+    command = ["systemctl", "show", "--property=NRestarts", "--value", UNIT]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return shown.isdigit() and int(shown) > 0
+
+
+def _line_end(data: bytes) -> int | None:
+    """Where the first line ends: at a line feed, or at the carriage return of a progress bar."""
+    ends = [place for place in (data.find(b"\n"), data.find(b"\r")) if place >= 0]
+    return min(ends) if ends else None
