@@ -1,0 +1,228 @@
+"""The whole recipe on one simulated Spark: what it left there, a second run, faults, a kill and a reboot.
+
+The order matters: faults come before the reboot, and every fault must leave the served model as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+SCENARIO = Path(__file__).resolve().parents[1]
+HOST = "reap-default"
+REQUEST = json.dumps({"model": "Needle-Sim", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64})
+ASK = f"curl -sS -m 60 http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{REQUEST}'"
+
+
+def playbook(name: str, *extra: str) -> subprocess.CompletedProcess[str]:
+    """Run one of the repository's playbooks against the scenario's host."""
+    environment = {
+        **os.environ,
+        "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+        "ANSIBLE_NOCOLOR": "1",
+        "REAP_PROGRESS": "log",
+    }
+    # Molecule's own settings would point Ansible at another inventory.
+    environment = {
+        key: value for key, value in environment.items() if not key.startswith(("MOLECULE_", "ANSIBLE_INVENTORY"))
+    }
+    command = [
+        str(Path(sys.executable).parent / "ansible-playbook"),
+        "-i",
+        str(SCENARIO / "inventory"),
+        "-l",
+        HOST,
+        name,
+    ]
+    return subprocess.run([*command, *extra], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def sim(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "sim", *arguments], cwd=ROOT, check=True, capture_output=True)
+
+
+def changed(done: subprocess.CompletedProcess[str]) -> int:
+    match = re.search(rf"^{HOST} +: .*changed=(\d+)", done.stdout, re.MULTILINE)
+    assert match, done.stdout[-3000:]
+    return int(match[1])
+
+
+def await_true(what: str, question: Callable[[], bool], seconds: float = 240) -> None:
+    """Ask until the answer is yes; fail with what was waited for."""
+    limit = time.monotonic() + seconds
+    while not question():
+        assert time.monotonic() < limit, f"waited {seconds:.0f} s for: {what}"
+        time.sleep(1)
+
+
+@pytest.fixture
+def started(host: Any) -> Callable[[], str]:
+    """When the model's container was started, as the engine says it."""
+
+    def ask() -> str:
+        with host.sudo():
+            return str(host.check_output("docker inspect -f '{{.State.StartedAt}}' reap-model"))
+
+    return ask
+
+
+@contextmanager
+def same_service(started: Callable[[], str], host: Any) -> Iterator[None]:
+    """Whatever happens inside, the model is neither restarted nor lost."""
+    before = started()
+    yield
+    assert started() == before
+    assert host.service("reap").is_running
+
+
+def answered(host: Any) -> bool:
+    done = host.run(ASK)
+    return done.rc == 0 and "choices" in done.stdout
+
+
+def test_the_endpoint_answers(host: Any) -> None:
+    answer = json.loads(host.check_output(ASK))
+    assert answer["model"] == "Needle-Sim"
+    assert answer["choices"][0]["message"]["content"]
+
+
+def test_it_listens_on_loopback_only(host: Any) -> None:
+    assert host.socket("tcp://127.0.0.1:8000").is_listening
+    assert not host.socket("tcp://0.0.0.0:8000").is_listening
+
+
+def test_service_and_watchdog_run_and_start_at_boot(host: Any) -> None:
+    for name in ("reap", "reap-watchdog"):
+        assert host.service(name).is_running
+        assert host.service(name).is_enabled
+
+
+def test_the_evidence_says_passed_and_that_it_was_simulated() -> None:
+    reports = sorted((ROOT / "artifacts" / HOST).glob("*/report.json"), key=lambda path: path.stat().st_mtime)
+    report = json.loads(reports[-1].read_text(encoding="utf-8"))
+    assert report["verdict"].startswith("passed")
+    assert report["needle_retained"] is True
+    assert report["failures"] == []
+    page = reports[-1].with_name("report.html").read_text(encoding="utf-8")
+    assert "simulated" in page.lower()
+
+
+def test_a_second_run_changes_nothing(host: Any, started: Callable[[], str]) -> None:
+    with same_service(started, host):
+        done = playbook("site.yml")
+        assert done.returncode == 0, done.stdout[-3000:]
+        assert changed(done) == 0, done.stdout[-6000:]
+
+
+def test_check_mode_on_a_converged_host_promises_no_change(host: Any, started: Callable[[], str]) -> None:
+    with same_service(started, host):
+        done = playbook("site.yml", "--check", "--diff")
+        assert done.returncode == 0, done.stdout[-3000:]
+        assert changed(done) == 0, done.stdout[-6000:]
+
+
+def test_status_is_one_line_and_one_json() -> None:
+    done = playbook("playbooks/status.yml")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert re.search(rf"^{HOST} +ok .*serving", done.stdout, re.MULTILINE), done.stdout[-1500:]
+    status = json.loads((ROOT / "artifacts" / HOST / "status.json").read_text(encoding="utf-8"))
+    assert status["phase"] == "serving"
+
+
+# What is wrong, the words the error must have.
+BAD_INPUT = {
+    "unknown profile": (["-e", "reap_profile=k145"], "unknown profile"),
+    "misspelt variable": (["-e", "reap_service_prot=1"], "unknown setting reap_service_prot"),
+    "floor as a size": (["-e", "watchdog_min_available_kb=8G"], "'8G', wanted int"),
+    "port that is no number": (["-e", "reap_port=http"], "wanted a TCP port"),
+    "port in use": (["-e", "reap_port=22"], "22"),
+    "wrong digest": (
+        ["-e", '{"runtime_image_digest": "sha256:' + "0" * 64 + '", "runtime_image_id": "sha256:' + "0" * 64 + '"}'],
+        "sha256:" + "0" * 12,
+    ),
+    "disk too small": (["-e", "model_fetch_reserve_bytes=900000000000000"], "free"),
+    "not root": (["-e", "ansible_become=false"], "root"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_INPUT)
+def test_bad_input_is_one_clear_error_and_the_model_is_served_on(
+    fault: str, host: Any, started: Callable[[], str]
+) -> None:
+    arguments, words = BAD_INPUT[fault]
+    with same_service(started, host):
+        done = playbook("site.yml", *arguments)
+        assert done.returncode != 0
+        summary = done.stdout[done.stdout.index("HOSTS **") :]
+        assert f"{HOST}  FAILED" in summary
+        assert words in done.stdout, done.stdout[-3000:]
+        assert "Traceback" not in done.stdout + done.stderr
+        assert answered(host)
+
+
+def test_with_registry_and_hub_down_a_converged_host_is_still_right(host: Any, started: Callable[[], str]) -> None:
+    sim("service", "registry", "stop", "--host", HOST)
+    sim("service", "hub", "stop", "--host", HOST)
+    try:
+        with same_service(started, host):
+            done = playbook("site.yml")
+            assert done.returncode == 0, done.stdout[-3000:]
+            assert changed(done) == 0
+    finally:
+        sim("service", "registry", "start", "--host", HOST)
+        sim("service", "hub", "start", "--host", HOST)
+
+
+def test_an_unreachable_host_is_named() -> None:
+    done = playbook("playbooks/preflight.yml", "-e", "ansible_host=127.0.0.1", "-e", "ansible_port=9")
+    assert done.returncode != 0
+    assert "unreachable" in done.stdout
+    assert "check ansible_host" in done.stdout
+
+
+def test_it_comes_back_after_its_container_is_killed(host: Any, started: Callable[[], str]) -> None:
+    before = started()
+    with host.sudo():
+        host.check_output("docker kill reap-model")
+    await_true("the endpoint to answer again", lambda: answered(host))
+    assert started() != before
+
+
+def test_it_comes_back_after_a_reboot(host: Any) -> None:
+    with host.sudo():
+        boot = host.check_output("cat /proc/1/stat | cut -d' ' -f22")
+    sim("reboot", HOST)
+    await_true("the endpoint to answer after the reboot", lambda: answered(host))
+    with host.sudo():
+        assert host.check_output("cat /proc/1/stat | cut -d' ' -f22") != boot
+    assert host.service("reap").is_running
+    assert host.service("reap-watchdog").is_running
+
+
+def test_stop_start_and_teardown(host: Any) -> None:
+    assert playbook("playbooks/stop.yml").returncode == 0
+    assert not host.service("reap").is_running
+    assert playbook("playbooks/start.yml").returncode == 0
+    assert answered(host)
+    done = playbook("playbooks/teardown.yml")
+    assert done.returncode == 0, done.stdout[-3000:]
+    for path in (
+        "/etc/reap",
+        "/opt/reap",
+        "/etc/systemd/system/reap.service",
+        "/etc/systemd/system/reap-watchdog.service",
+    ):
+        assert not host.file(path).exists, path
+    assert host.file("/var/lib/reap/models").exists
+    assert changed(playbook("playbooks/teardown.yml")) == 0
