@@ -171,7 +171,7 @@ def test_a_crossed_floor_kills_the_container_and_leaves_evidence_and_a_hold(host
     host.await_killed(process)
     (kill,) = host.events("kill")
     assert kill["mem_available_kb"] == 310_000
-    assert "kill: MemAvailable" in kill["why"]
+    assert "kill: MemAvailable" in kill["reason"]
     await_true(lambda: host.events("killed"), "the word that the processes are gone")
     state = host.state()
     assert state["kills"] == 1
@@ -238,7 +238,7 @@ def test_without_a_supervisor_a_slow_crossing_is_a_kill(host: Host) -> None:
     await_true(lambda: host.state().get("phase") == "serving", "the phase")
     host.set_memory(FLOOR - 5_000)
     host.await_killed(process)
-    assert "no supervisor" in host.events("kill")[0]["why"]
+    assert "no supervisor" in host.events("kill")[0]["reason"]
 
 
 def test_unreadable_memory_stops_nothing(host: Host) -> None:

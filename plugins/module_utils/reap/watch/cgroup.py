@@ -20,7 +20,7 @@ _READ = 65536
 
 @dataclass(frozen=True, slots=True)
 class CgroupPaths:
-    """Paths below the mount points, as in /proc/PID/cgroup: ``v2`` or None, and controller -> path for v1."""
+    """Paths below the mount points as in /proc/PID/cgroup, or whole folders: ``v2`` or None, v1 by controller."""
 
     v2: str | None
     v1: dict[str, str]
@@ -48,18 +48,24 @@ def find_folder(root: Path, paths: CgroupPaths, own: CgroupPaths) -> Path | None
 
     ``own`` are the cgroups of this process: a folder that holds them, or the root of a hierarchy, is never given.
     """
-    if paths.v2 is not None and _is_inner(paths.v2, own.v2):
-        for base in (root, root / "unified"):
-            folder = base / paths.v2.lstrip("/")
-            if (folder / "cgroup.procs").exists() and (base / "cgroup.controllers").exists():
-                return folder
+    for base in (root, root / "unified"):
+        path = _below_mount(paths.v2, base)
+        folder = base / path.lstrip("/")
+        if _is_inner(path, own.v2) and (folder / "cgroup.procs").exists() and (base / "cgroup.controllers").exists():
+            return folder
     names = [name for name in _V1_PREFERRED if name in paths.v1]
     for name in [*names, *(name for name in paths.v1 if name not in names)]:
-        path = paths.v1[name]
+        path = _below_mount(paths.v1[name], root / name)
         folder = root / name / path.lstrip("/")
         if _is_inner(path, own.v1.get(name)) and (folder / "cgroup.procs").exists():
             return folder
     return None
+
+
+def _below_mount(path: str | None, mount: Path) -> str:
+    """The path below a mount point, whether it was given so or as a whole folder."""
+    path = path or ""
+    return path[len(str(mount)) :] if path.startswith(f"{mount}/") else path
 
 
 def _is_inner(path: str, own: str | None) -> bool:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ReapError
-from .policy import Limits
+from .policy import KB_PER_GIB, Limits
 
-# What replaces the built-in default for each kind of value, in words.
+# A Spark was last heard of at 2.4 GiB available before it froze; half the floor on a machine with a small one.
+HARD_FLOOR_KB = 3 * KB_PER_GIB
+
 _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -78,9 +80,11 @@ def from_dict(data: dict[str, Any], name: str) -> Settings:
         else:
             known = ", ".join(sorted([*limit_kinds, *other_kinds, "paths"]))
             raise ReapError(f"{name}: unknown setting {key!r} (there are: {known})")
-    for key in ("floor_kb", "loading_floor_kb", "hard_floor_kb"):
-        if key not in limit_values:
-            raise ReapError(f"{name}: {key} is missing; it is MemAvailable in kB, for instance 8388608 for 8 GiB")
+    if "floor_kb" not in limit_values:
+        raise ReapError(f"{name}: floor_kb is missing; it is MemAvailable in kB, for instance 8388608 for 8 GiB")
+    floor_kb = limit_values["floor_kb"]
+    hard_kb = limit_values.setdefault("hard_floor_kb", min(HARD_FLOOR_KB, floor_kb // 2))
+    limit_values.setdefault("loading_floor_kb", max(hard_kb, floor_kb // 4 * 3))
     paths = {}
     known_paths = {f.name for f in fields(Paths)}
     for key, value in raw_paths.items():

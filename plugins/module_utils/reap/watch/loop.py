@@ -286,11 +286,11 @@ class Guardian:
     def _protection_text(self) -> str:
         return ", ".join(f"{name} {value}" for name, value in self._protection.items())
 
-    def _tell(self, event: str, why: str, **more: Any) -> None:
+    def _tell(self, event: str, reason: str, **more: Any) -> None:
         now = time.time()
         record: dict[str, Any] = {
             "event": event,
-            "why": why,
+            "reason": reason,
             "unix": round(now, 3),
             "monotonic": round(time.monotonic(), 4),
             "phase": self._phase.value,
