@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from sim import images, services
-from sim.common import SimError
+import json
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+from typing import Any
 
-PARTS = ("hosts", "services")
+from sim import images, runtime_image, services
+from sim.common import CACHE, FACTS, REPOSITORY, SimError, lock, read_json, run, stamp, step, update_facts
+
+PARTS = ("hosts", "runtime-image", "checkpoints")
+
+# model on the hub: arguments of sim.checkpoint.build
+CHECKPOINTS = {"sim/needle": ["--variant", "needle"], "sim/no-needle": ["--variant", "no-needle"]}
 
 
 def build(parts: list[str]) -> None:
@@ -16,5 +26,42 @@ def build(parts: list[str]) -> None:
     wanted = parts or list(PARTS)
     with services.lease() as engine:
         if "hosts" in wanted:
-            for kind in ("host-preinstalled", "host-absent"):
-                images.ensure(engine, kind)
+            images.ensure(engine, "host-preinstalled")
+        if "checkpoints" in wanted:
+            checkpoints()
+        if "runtime-image" in wanted:
+            runtime_image.ensure(engine, services.url("registry"))
+
+
+def checkpoints() -> None:
+    """The models lie on the hub, and facts.json has their revisions."""
+    content = stamp(sorted((REPOSITORY / "sim" / "checkpoint").glob("*.py")))
+    with lock("checkpoints"):
+        for model, arguments in CHECKPOINTS.items():
+            folder = services.HUB_ROOT / model
+            known = read_json(FACTS, {}).get("checkpoints", {}).get(model, {})
+            if known.get("stamp") == content and folder.is_dir():
+                continue
+            with step(f"making the model {model}"):
+                _publish(folder, arguments)
+                with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+                    f"{services.url('hub')}/api/models/{model}", timeout=30
+                ) as answer:
+                    revision = json.load(answer)["sha"]
+                size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                _remember(model, {"revision": revision, "bytes": size, "stamp": content})
+
+
+def _remember(model: str, fact: dict[str, Any]) -> None:
+    update_facts(lambda facts: facts.setdefault("checkpoints", {}).update({model: fact}))
+
+
+def _publish(folder: Path, arguments: list[str]) -> None:
+    """Makes the model beside, then puts it in the place of the old one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix="model-") as work:
+        made = Path(work) / "made"
+        run([sys.executable, "-m", "sim.checkpoint.build", "--out", made, *arguments], cwd=REPOSITORY)
+        if folder.exists():
+            folder.rename(Path(work) / "old")
+        made.rename(folder)

@@ -35,6 +35,8 @@ HOSTS = CACHE / "hosts"
 LEASES = CACHE / "leases"
 PORTS = CACHE / "services.json"
 HUB_ROOT = CACHE / "hub"
+# faults.json in it makes the hub misbehave, requests.jsonl is its log (sim/hub).
+HUB_STATE = CACHE / "hub-state"
 REGISTRY_ROOT = CACHE / "registry"
 
 # name: port inside (also the port on 127.0.0.1 of each simulated host)
@@ -60,11 +62,15 @@ def _command(name: str) -> tuple[list[str], list[str]]:
         ]
         return mounts, ["docker-registry", "serve", "/etc/registry.yml"]
     HUB_ROOT.mkdir(parents=True, exist_ok=True)
-    mounts = [bind(REPOSITORY / "sim", "/srv/sim"), bind(HUB_ROOT, "/srv/hub")]
-    if not (REPOSITORY / "sim/hub/server.py").exists():
-        return mounts, ["python3", "-m", "http.server", "5080"]
-    server = ["python3", "/srv/sim/hub/server.py", "--root", "/srv/hub", "--host", "0.0.0.0", "--port", "5080"]
-    return mounts, server
+    HUB_STATE.mkdir(parents=True, exist_ok=True)
+    mounts = [
+        bind(REPOSITORY / "sim", "/srv/sim"),
+        bind(HUB_ROOT, "/srv/hub"),
+        bind(HUB_STATE, "/srv/state", writable=True),
+    ]
+    options = ["--root=/srv/hub", "--host=0.0.0.0", "--port=5080"]
+    options += ["--faults=/srv/state/faults.json", "--log=/srv/state/requests.jsonl"]
+    return mounts, ["env", "-C", "/srv", "python3", "-m", "sim.hub", *options]
 
 
 def url(name: str) -> str:
