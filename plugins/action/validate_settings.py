@@ -30,8 +30,10 @@ options: {}
 """
 
 ROOT = Path(__file__).resolve().parents[2]
-# reap_ names that a run sets itself or that belong to one inventory.
+# Names that belong to the test bed's inventory.
 INVENTORY_PREFIXES = ("reap_sim_",)
+# Names that are given with -e and belong to a playbook, not to a role.
+RUN_NAMES = {"reap_serial"}
 
 
 def role_options(root: Path) -> dict[str, dict[str, dict[str, Any]]]:
@@ -53,7 +55,7 @@ def shared_names(root: Path) -> set[str]:
 
 def unknown_names(names: set[str], roles: dict[str, dict[str, dict[str, Any]]], shared: set[str]) -> list[str]:
     """A sentence for each name that looks like one of the recipe's settings and is none."""
-    known = shared.union(*[set(options) for options in roles.values()])
+    known = shared.union(RUN_NAMES, *[set(options) for options in roles.values()])
     prefixes = (*(f"{role}_" for role in roles), "reap_")
     problems = []
     for name in sorted(names):
