@@ -82,6 +82,8 @@ class Profile:
     environment: dict[str, Scalar]
     needle_tokens: int
     reference: dict[str, Any] | None
+    needle_depth: float = 0.5
+    verify_tasks: tuple[str, ...] | None = None
 
     @classmethod
     def from_mapping(cls, data: object, name: str = "profile") -> Profile:
@@ -100,7 +102,7 @@ class Profile:
         if faults:
             raise ReapError(f"profile {name}: {'; '.join(faults)}")
         assert isinstance(data, Mapping)
-        values = {field.name: data[field.name] for field in dataclasses.fields(cls)}
+        values = {field.name: data[field.name] for field in dataclasses.fields(cls) if field.name in data}
         values["kv_cache_memory"] = str(values["kv_cache_memory"])
         values["gpu_memory_utilization"] = float(values["gpu_memory_utilization"])
         return cls(**values)
@@ -214,7 +216,9 @@ def _value_faults(data: Mapping[str, Any]) -> list[str]:
         faults.append(f"hardware is {data['hardware']!r}, wanted spark or sim")
     for flag, value in data["vllm_extra_args"].items():
         if not _FLAG.fullmatch(str(flag)):
-            faults.append(f"vllm_extra_args has {flag!r}, wanted a flag's name without leading dashes, as max-model-len")
+            faults.append(
+                f"vllm_extra_args has {flag!r}, wanted a flag's name without leading dashes, as max-model-len"
+            )
         elif flag in _SECRET_FLAGS:
             faults.append(f"vllm_extra_args has {flag!r}: a secret never goes on a command line")
         elif not isinstance(value, Scalar | Mapping):
