@@ -15,7 +15,10 @@ from typing import Any
 
 from ..errors import ReapError
 from .config import ServiceConfig
+from .docker import Docker, DockerDown
+from .failure import Failure
 from .generations import Generations
+from .host import key_mtime_ns, port_taken, require_parts
 from .state import alive, read_json, write_json
 from .supervisor import UNIT
 
@@ -57,6 +60,10 @@ def apply(config_path: Path, *, check: bool = False) -> Outcome:
     reasons = _reasons(wanted, unit, state)
     if not reasons:
         return Outcome(False, wanted.generation, wanted.endpoint, f"{wanted.generation} serves on {wanted.endpoint}")
+    problem = _problem(wanted, state)
+    if problem:
+        # What serves now is left alone.
+        return Outcome(False, wanted.generation, wanted.endpoint, "; ".join(reasons), f"nothing was changed: {problem}")
     if check:
         return Outcome(True, wanted.generation, wanted.endpoint, "; ".join(reasons))
     if unit["NeedDaemonReload"] == "yes" or unit["LoadState"] != "loaded":
@@ -121,16 +128,22 @@ def _reasons(wanted: ServiceConfig, unit: dict[str, str], state: dict[str, Any])
     return reasons
 
 
+def _problem(wanted: ServiceConfig, state: dict[str, Any]) -> str | None:
+    """What the host lacks for the wanted generation, asked before anything is stopped."""
+    try:
+        require_parts(wanted, Docker())
+    except (Failure, DockerDown) as failure:
+        return str(failure)
+    ours = alive(state) and state.get("phase") != "absent" and state.get("endpoint") == wanted.endpoint
+    return None if ours else port_taken(wanted.host, wanted.port)
+
+
 def _same(wanted: ServiceConfig, state: dict[str, Any]) -> bool:
     return state.get("generation") == wanted.generation and _same_key(wanted, state)
 
 
 def _same_key(wanted: ServiceConfig, state: dict[str, Any]) -> bool:
-    try:
-        now = Path(wanted.api_key_file).stat().st_mtime_ns if wanted.api_key_file else None
-    except OSError:
-        return False
-    return bool(now == state.get("key_mtime_ns"))
+    return bool(key_mtime_ns(wanted) == state.get("key_mtime_ns"))
 
 
 def _result(wanted: ServiceConfig, msg: str, started_unix: float) -> Outcome:

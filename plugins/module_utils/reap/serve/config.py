@@ -67,7 +67,10 @@ class ServiceConfig:
     ipc: str
     ulimits: dict[str, str]
     shm_size: str | None
-    api_key_file: str | None
+    api_key_file: str
+    """Used where it exists."""
+    api_key_required: bool
+    """Refuse to serve without the file."""
     drop_page_cache: bool
     state_dir: str
     run_dir: str
@@ -120,7 +123,8 @@ class ServiceConfig:
 
         Times and the memory gate's input are left out: a new drain time is no reason to load a model again.
         """
-        shaping = {key: value for key, value in self.to_mapping().items() if key not in ("timings", "fit")}
+        aside = ("timings", "fit", "api_key_required")
+        shaping = {key: value for key, value in self.to_mapping().items() if key not in aside}
         text = json.dumps(shaping, sort_keys=True, separators=(",", ":"))
         return f"{self.profile}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
@@ -143,7 +147,7 @@ def _value_faults(data: Mapping[str, Any]) -> list[str]:
         faults.append(f"host is {data['host']!r}, wanted an IP address such as 127.0.0.1")
     paths = ("model_dir", "cache_dir", "state_dir", "run_dir", "api_key_file")
     for key in paths:
-        if data[key] is not None and not data[key].startswith("/"):
+        if not data[key].startswith("/"):
             faults.append(f"{key} is {data[key]!r}, wanted an absolute path")
     for key in ("environment", "ulimits"):
         wrong = [name for name, value in data[key].items() if not isinstance(value, str)]

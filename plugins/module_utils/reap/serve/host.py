@@ -9,21 +9,49 @@ import sys
 from pathlib import Path
 
 from ..errors import ReapError
+from .config import ServiceConfig
+from .docker import Docker
 from .failure import Failure
 
 
-def read_key(path: Path) -> str:
-    """Read an API key.
+def require_parts(config: ServiceConfig, docker: Docker) -> str | None:
+    """Make sure that image, checkpoint and API key are there; returns the key, or nothing where there is none.
 
     Raises:
-        Failure: no file, nothing in it, or others may read it.
+        Failure: what is missing, and what to do.
+        DockerDown: the engine does not answer.
+    """
+    if docker.image_id(config.image) is None:
+        raise Failure(f"image {config.image} is not on this host; provision it", permanent=True)
+    if not Path(config.model_dir, "config.json").is_file():
+        raise Failure(f"no checkpoint in {config.model_dir} (config.json is missing); provision it", permanent=True)
+    return read_key(Path(config.api_key_file), required=config.api_key_required)
+
+
+def key_mtime_ns(config: ServiceConfig) -> int | None:
+    """When the API key was written last (ns), or nothing where there is none: another key needs a restart."""
+    try:
+        return Path(config.api_key_file).stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def read_key(path: Path, *, required: bool) -> str | None:
+    """Read an API key; nothing when there is no file and none is required.
+
+    Raises:
+        Failure: no file though one is required, nothing in it, or others may read it.
     """
     try:
         mode = path.stat().st_mode
         key = path.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        text = f"API key file {path}: {error.strerror}; provision with the key, or without one"
+    except FileNotFoundError as error:
+        if not required:
+            return None
+        text = f"API key file {path} is missing and a key is required; provision with REAP_API_KEY set"
         raise Failure(text, permanent=True, blames=False) from error
+    except OSError as error:
+        raise Failure(f"API key file {path}: {error.strerror}", permanent=True, blames=False) from error
     if mode & 0o077:
         text = f"API key file {path} has mode {mode & 0o777:04o}, wanted 0600: chmod 600 {path}"
         raise Failure(text, permanent=True, blames=False)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+
+
+_SEND_TIMEOUT_S = 5.0
 
 
 class Notifier:
@@ -13,6 +17,7 @@ class Notifier:
         # Taken out of the environment: the container's client must not speak for this process.
         self._address = address if address is not None else os.environ.pop("NOTIFY_SOCKET", None)
         self._status = ""
+        self._extended_to = 0.0
 
     def send(self, *lines: str) -> None:
         """Send lines in one datagram; a socket that is gone is no reason to fail."""
@@ -21,6 +26,8 @@ class Notifier:
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+                # A service manager that is itself stuck must not take this process with it.
+                channel.settimeout(_SEND_TIMEOUT_S)
                 channel.sendto("\n".join(lines).encode(), address)
         except OSError:
             return
@@ -32,5 +39,9 @@ class Notifier:
             self.send("STATUS=" + text.replace("\n", " "))
 
     def extend(self, seconds: int) -> None:
-        """Ask for that much more time for the start or stop under way."""
+        """Ask for that much more time for the start or stop under way, again only after a sixth of it has gone."""
+        now = time.monotonic()
+        if now + seconds < self._extended_to + seconds / 6:
+            return
+        self._extended_to = now + seconds
         self.send(f"EXTEND_TIMEOUT_USEC={seconds * 1_000_000}")

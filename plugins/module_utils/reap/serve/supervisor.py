@@ -17,25 +17,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+# Everything this process needs later is imported here and now: a new provision replaces the program's archive while
+# the model is being served, and an import from a replaced archive fails.
 from ..errors import ReapError
+from ..memory import start_gate
 from . import cgroups, shm
 from .cleanup import clean_up
 from .config import CONTAINER_NAME, ServiceConfig, Timings
 from .docker import Docker, DockerDown, run_command
 from .failure import Failure, Restarts, Stopped
 from .generations import Generations
-from .host import drop_page_cache, mem_available_kb, port_taken, read_key
+from .host import drop_page_cache, key_mtime_ns, mem_available_kb, port_taken, require_parts
 from .notify import Notifier
 from .probe import Activity, Endpoint
 from .progress import LoadProgress
 from .state import ServiceState, read_json, write_json, write_text
-
-# Everything this process needs later must be imported now: a new provision replaces the program's archive while the
-# model is being served, and an import from the replaced archive fails. (The gate is optional: a host may do without.)
-try:
-    from ..memory import start_gate
-except ImportError:
-    start_gate = None
 
 STOPPED = 0
 FAILED = 1
@@ -188,15 +184,8 @@ class Supervisor:
         """Make sure of everything that can be known before the load; returns the API key."""
         self._await_engine()
         self._remove_leftovers()
-        if self._docker.image_id(config.image) is None:
-            raise Failure(f"image {config.image} is not on this host; provision it", permanent=True)
-        if not Path(config.model_dir, "config.json").is_file():
-            raise Failure(f"no checkpoint in {config.model_dir} (config.json is missing); provision it", permanent=True)
-        key = None
-        self._state.publish(key_mtime_ns=None)
-        if config.api_key_file:
-            key = read_key(Path(config.api_key_file))
-            self._state.publish(key_mtime_ns=Path(config.api_key_file).stat().st_mtime_ns)
+        key = require_parts(config, self._docker)
+        self._state.publish(key_mtime_ns=key_mtime_ns(config))
         taken = port_taken(config.host, config.port)
         if taken:
             raise Failure(taken, blames=False)
@@ -229,7 +218,7 @@ class Supervisor:
             refusal = None
             if hold is not None and available < int(hold):
                 refusal = f"{available} kB available, the watchdog asks for {hold} kB before the next start"
-            elif config.fit is not None and start_gate is not None:
+            elif config.fit is not None:
                 gate = start_gate(config.fit, hold_until_available_kb=hold)
                 if gate.allowed:
                     print(gate.text, flush=True)

@@ -1,0 +1,172 @@
+"""A supervisor as its own process, with doubles of the engine and of systemctl first on its path."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from reap.serve.config import service_settings
+
+ROOT = Path(__file__).resolve().parents[3]
+DOUBLES = Path(__file__).parent / "doubles"
+MAIN = (
+    "import sys; from pathlib import Path; from reap.serve.supervisor import Supervisor; "
+    "sys.exit(Supervisor(Path(sys.argv[1]), tick_s=0.05).run())"
+)
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
+    """Wait for a condition; fail with ``what`` when it does not come."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"not within {seconds} s: {what}")
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Bench:
+    """Folders, images and settings of one simulated host, and the supervisors started on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.engine = folder / "engine"
+        self.run_dir = folder / "run"
+        self.state_dir = folder / "state"
+        self.config_path = folder / "service.json"
+        self.key_file = folder / "api-key"
+        self.port = free_port()
+        self.processes: list[subprocess.Popen[str]] = []
+        self.messages: list[str] = []
+        for path in (self.engine, self.run_dir, folder / "model"):
+            path.mkdir()
+        (folder / "model" / "config.json").write_text("{}")
+        self.images: dict[str, dict[str, Any]] = {}
+        self.image("good")
+        self.configure()
+        self.channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.channel.bind(str(folder / "notify"))
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def image(self, name: str, **behaviour: Any) -> None:
+        self.images[name] = behaviour
+        (self.engine / "images.json").write_text(json.dumps(self.images))
+
+    def settings(self, **changes: Any) -> dict[str, Any]:
+        profiles = yaml.safe_load((ROOT / "group_vars/all/profiles.yml").read_text())["reap_profiles"]
+        timings = {"backoff_s": 0, "drain_s": 5, "grace_s": 1, "start_timeout_s": 20, "memory_wait_s": 0}
+        return {
+            "profile": "sim-needle-32k",
+            "profile_data": profiles["sim-needle-32k"],
+            "image": "good",
+            "model_dir": str(self.folder / "model"),
+            "cache_dir": str(self.folder / "cache"),
+            "host": "127.0.0.1",
+            "port": self.port,
+            "entrypoint": "vllm",
+            "gpus": None,
+            "ipc": "host",
+            "ulimits": {},
+            "shm_size": None,
+            "api_key_file": str(self.key_file),
+            "api_key_required": False,
+            "drop_page_cache": False,
+            "state_dir": str(self.state_dir),
+            "run_dir": str(self.run_dir),
+            "timings": timings | changes.pop("timings", {}),
+            **changes,
+        }
+
+    def configure(self, **changes: Any) -> str:
+        """Write the service's file, without a memory gate; returns the generation's name."""
+        from reap.serve.config import ServiceConfig
+
+        content = service_settings(self.settings(**changes)) | {"fit": None}
+        self.config_path.write_text(json.dumps(content))
+        return ServiceConfig.read(self.config_path).generation
+
+    def start(self) -> subprocess.Popen[str]:
+        environment = os.environ | {
+            "PATH": f"{DOUBLES}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT / "plugins/module_utils"),
+            "DOUBLE_DOCKER_DIR": str(self.engine),
+            "NOTIFY_SOCKET": str(self.folder / "notify"),
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-c", MAIN, str(self.config_path)],
+            env=environment,
+            stdout=(self.folder / "out").open("w"),
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.processes.append(process)
+        return process
+
+    def heard(self) -> list[str]:
+        """Every line that was said to systemd so far."""
+        return list(self.messages)
+
+    def _listen(self) -> None:
+        while data := self.channel.recv(65536):
+            self.messages += data.decode().splitlines()
+
+    def state(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.run_dir / "service.json").read_text()))
+        except OSError:
+            return {"phase": None}
+
+    def await_phase(self, phase: str) -> dict[str, Any]:
+        until(lambda: self.state()["phase"] == phase, f"phase {phase}; state {self.state()}, log:\n{self.log()}")
+        return self.state()
+
+    def restarted_by_systemd(self, times: int) -> None:
+        (self.engine / "restarts").write_text(str(times))
+
+    def log(self) -> str:
+        path = self.folder / "out"
+        return path.read_text() if path.exists() else ""
+
+    def container_pid(self) -> int:
+        return int(json.loads((self.engine / "container.json").read_text())["State"]["Pid"])
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        record = self.engine / "container.json"
+        if record.exists():
+            try:
+                os.kill(self.container_pid(), signal.SIGKILL)
+            except ProcessLookupError:
+                record.unlink()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ending:
+            ending.sendto(b"", str(self.folder / "notify"))
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.close()

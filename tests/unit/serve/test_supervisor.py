@@ -1,0 +1,284 @@
+"""The life of ``reap serve`` as a real process; engine and model are doubles (see doubles/)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+
+import pytest
+
+from reap.serve.supervisor import FAILED, LATCHED, STOPPED, WRONG
+
+from .conftest import Bench, until
+
+
+def end(process) -> int:
+    return process.wait(30)
+
+
+def test_ready_is_said_after_the_model_answered_and_not_before(bench: Bench) -> None:
+    bench.image("good", log=["Loading safetensors checkpoint shards:  50% Completed | 1/2 [00:00<00:00, 2it/s]"])
+    process = bench.start()
+    state = bench.await_phase("serving")
+    until(lambda: "READY=1" in bench.heard(), "READY=1")
+    assert state["generation"] == bench.configure()
+    assert state["container_pid"] == bench.container_pid()
+    assert state["endpoint"] == f"http://127.0.0.1:{bench.port}"
+    process.terminate()
+    assert end(process) == STOPPED
+
+
+def test_a_server_that_is_healthy_and_does_not_answer_is_never_ready(bench: Bench) -> None:
+    bench.image("good", answers=False)
+    process = bench.start()
+    assert end(process) == FAILED
+    assert "READY=1" not in bench.heard()
+    assert "does not answer as it should" in bench.state()["detail"]
+
+
+def test_a_load_that_takes_too_long_ends_with_its_last_line(bench: Bench) -> None:
+    bench.image("good", never_ready=True, log=["(EngineCore pid=7) INFO Using backend CPU"])
+    bench.configure(timings={"start_timeout_s": 1})
+    process = bench.start()
+    assert end(process) == FAILED
+    assert "no answer within 1 s" in bench.state()["detail"]
+    assert "Using backend CPU" in bench.state()["detail"]
+    assert not (bench.engine / "container.json").exists()
+
+
+def test_the_progress_of_a_load_is_published(bench: Bench) -> None:
+    bench.image("good", never_ready=True, log=["Loading safetensors checkpoint shards:  40% Completed | 2/5 [00:00<"])
+    process = bench.start()
+    until(lambda: (bench.state().get("progress") or {}).get("done") == 2, "2 of 5 shards")
+    step = until(lambda: (p := bench.run_dir / "progress/model_load.json").exists() and json.loads(p.read_text()), "file")
+    assert step["state"] == "running"
+    assert any(line.startswith("EXTEND_TIMEOUT_USEC=") for line in bench.heard())
+    process.terminate()
+    assert end(process) == STOPPED
+    assert bench.state()["phase"] == "absent"
+
+
+def test_a_killed_container_is_a_failure_that_says_so(bench: Bench) -> None:
+    process = bench.start()
+    bench.await_phase("serving")
+    os.kill(bench.container_pid(), signal.SIGKILL)
+    assert end(process) == FAILED
+    assert "killed by signal 9 while serving" in bench.state()["detail"]
+
+
+def test_the_error_of_a_failed_load_is_told(bench: Bench) -> None:
+    lines = ["(EngineCore pid=9) ERROR RuntimeError: Unsupported expert number: 144", "RuntimeError: Engine core initialization failed. See root cause above."]
+    bench.image("good", exit=1, log=lines)
+    process = bench.start()
+    assert end(process) == FAILED
+    assert "exit status 1 while loading weights: RuntimeError: Unsupported expert number: 144" in bench.state()["detail"]
+
+
+def test_a_kill_by_the_watchdog_is_named(bench: Bench) -> None:
+    process = bench.start()
+    bench.await_phase("serving")
+    event = {"kills": 1, "last_event": {"detail": "4096 kB available, floor 8388608 kB"}}
+    (bench.run_dir / "watchdog.json").write_text(json.dumps(event))
+    os.kill(bench.container_pid(), signal.SIGKILL)
+    assert end(process) == FAILED
+    assert "watchdog stopped the model: 4096 kB available" in bench.state()["detail"]
+
+
+def test_a_model_that_ignores_the_stop_is_killed_after_the_grace(bench: Bench) -> None:
+    bench.image("good", stubborn=True)
+    process = bench.start()
+    bench.await_phase("serving")
+    pid = bench.container_pid()
+    process.terminate()
+    assert end(process) == STOPPED
+    assert not os.path.exists(f"/proc/{pid}")
+    assert "STOPPING=1" in bench.heard()
+
+
+def test_running_requests_get_their_time_and_no_more(bench: Bench) -> None:
+    bench.image("good", busy=True)
+    bench.configure(timings={"drain_s": 1})
+    process = bench.start()
+    bench.await_phase("serving")
+    process.terminate()
+    until(lambda: any("requests have" in line for line in bench.heard()), "the drain in the status")
+    assert end(process) == STOPPED
+
+
+def test_a_wedged_engine_is_found(bench: Bench) -> None:
+    bench.image("good", wedged=True)
+    bench.configure(timings={"stall_s": 1})
+    process = bench.start()
+    bench.await_phase("serving")
+    assert end(process) == FAILED
+    assert "wedged: 1 requests run" in bench.state()["detail"]
+
+
+def test_a_busy_engine_that_moves_is_left_alone(bench: Bench) -> None:
+    bench.image("good", busy=True)
+    bench.configure(timings={"stall_s": 1, "drain_s": 0})
+    process = bench.start()
+    bench.await_phase("serving")
+    with pytest.raises(AssertionError, match="not within"):
+        until(lambda: process.poll() is not None, "an end", 3)
+    process.terminate()
+    assert end(process) == STOPPED
+
+
+def test_failures_in_a_row_end_in_the_latch_with_the_reason(bench: Bench) -> None:
+    bench.image("good", exit=3, log=["ValueError: no such quantization"])
+    bench.configure(timings={"restart_limit": 3})
+    statuses = []
+    for times in range(4):
+        bench.restarted_by_systemd(times)
+        statuses.append(end(bench.start()))
+    assert statuses == [FAILED, FAILED, LATCHED, LATCHED]
+    assert "latched after 3 failures, the last: the container ended with exit status 3" in bench.state()["detail"]
+    assert "no such quantization" in bench.state()["detail"]
+    # A person starts it: the count begins anew.
+    bench.restarted_by_systemd(0)
+    assert end(bench.start()) == FAILED
+
+
+def test_the_wait_before_a_restart_grows(bench: Bench) -> None:
+    bench.image("good", exit=1)
+    bench.configure(timings={"backoff_s": 30})
+    assert end(bench.start()) == FAILED
+    bench.restarted_by_systemd(1)
+    process = bench.start()
+    until(lambda: "restart 1 of 4 in" in str(bench.state().get("detail")), "the backoff")
+    process.terminate()
+    assert end(process) == STOPPED
+
+
+def test_a_new_generation_that_fails_gives_way_to_the_one_before(bench: Bench) -> None:
+    before = bench.configure()
+    process = bench.start()
+    bench.await_phase("serving")
+    process.terminate()
+    end(process)
+
+    bench.image("broken", exit=1, log=["ImportError: libcudart.so.13: cannot open shared object file"])
+    after = bench.configure(image="broken")
+    process = bench.start()
+    state = bench.await_phase("serving")
+    assert state["generation"] == before
+    assert state["replaced"]["generation"] == after
+    assert "libcudart" in state["replaced"]["reason"]
+    process.terminate()
+    end(process)
+
+    # The next start does not try it again by itself.
+    process = bench.start()
+    assert bench.await_phase("serving")["generation"] == before
+    commands = (bench.engine / "commands.log").read_text().splitlines()
+    assert sum('"broken"' in line for line in commands) == 1
+    process.terminate()
+    end(process)
+
+
+def test_a_generation_that_served_is_not_given_up_for_a_crash(bench: Bench) -> None:
+    name = bench.configure()
+    process = bench.start()
+    bench.await_phase("serving")
+    os.kill(bench.container_pid(), signal.SIGKILL)
+    end(process)
+    bench.restarted_by_systemd(1)
+    process = bench.start()
+    assert bench.await_phase("serving")["generation"] == name
+    process.terminate()
+    end(process)
+
+
+def test_the_key_reaches_the_model_and_no_command_line(bench: Bench) -> None:
+    bench.key_file.write_text("s3cret-key\n")
+    bench.key_file.chmod(0o600)
+    process = bench.start()
+    bench.await_phase("serving")
+    environment = open(f"/proc/{bench.container_pid()}/environ", "rb").read()
+    assert b"VLLM_API_KEY=s3cret-key" in environment
+    assert "s3cret-key" not in (bench.engine / "commands.log").read_text()
+    assert "s3cret-key" not in bench.log()
+    assert "s3cret-key" not in json.dumps(bench.state())
+    assert not (bench.run_dir / "model.env").exists()
+    process.terminate()
+    end(process)
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("image", "image gone is not on this host"),
+        ("checkpoint", "no checkpoint in"),
+        ("key missing", "is missing and a key is required"),
+        ("key readable", "has mode 0644, wanted 0600"),
+    ],
+)
+def test_what_cannot_work_is_not_tried_again(bench: Bench, fault: str, told: str) -> None:
+    if fault == "image":
+        bench.configure(image="gone")
+    elif fault == "checkpoint":
+        (bench.folder / "model/config.json").unlink()
+    elif fault == "key missing":
+        bench.configure(api_key_required=True)
+    else:
+        bench.key_file.write_text("k\n")
+        bench.key_file.chmod(0o644)
+    assert end(bench.start()) == WRONG
+    assert told in bench.state()["detail"]
+    assert not (bench.engine / "commands.log").exists()
+
+
+def test_a_taken_port_names_who_has_it(bench: Bench) -> None:
+    with socket.create_server(("127.0.0.1", bench.port)):
+        assert end(bench.start()) == FAILED
+    assert f"port {bench.port} on 127.0.0.1 is in use by process {os.getpid()}" in bench.state()["detail"]
+
+
+def test_memory_that_the_watchdog_holds_back_is_waited_for(bench: Bench) -> None:
+    hold = bench.run_dir / "watchdog.json"
+    hold.write_text(json.dumps({"kills": 1, "hold_until_available_kb": 10**12}))
+    bench.configure(timings={"memory_wait_s": 30})
+    process = bench.start()
+    until(lambda: any("waiting for memory" in line for line in bench.heard()), "the wait")
+    assert not (bench.engine / "commands.log").exists()
+    hold.write_text(json.dumps({"kills": 1, "hold_until_available_kb": None}))
+    bench.await_phase("serving")
+    process.terminate()
+    assert end(process) == STOPPED
+
+
+def test_memory_that_does_not_come_back_ends_the_start(bench: Bench) -> None:
+    (bench.run_dir / "watchdog.json").write_text(json.dumps({"hold_until_available_kb": 10**12}))
+    assert end(bench.start()) == FAILED
+    assert "memory gate" in bench.state()["detail"]
+    assert not (bench.engine / "commands.log").exists()
+
+
+def test_a_container_left_by_a_killed_supervisor_is_removed(bench: Bench) -> None:
+    process = bench.start()
+    bench.await_phase("serving")
+    left = bench.container_pid()
+    process.kill()
+    process.wait()
+    process = bench.start()
+    until(lambda: bench.state()["pid"] == process.pid and bench.state()["phase"] == "serving", "serving again")
+    assert bench.container_pid() != left
+    process.terminate()
+    assert end(process) == STOPPED
+
+
+def test_an_engine_that_is_away_is_no_fault_of_the_generation(bench: Bench) -> None:
+    process = bench.start()
+    bench.await_phase("serving")
+    (bench.engine / "down").touch()
+    os.kill(bench.container_pid(), signal.SIGKILL)
+    assert end(process) == FAILED
+    process = bench.start()
+    until(lambda: any("waiting for the container engine" in line for line in bench.heard()), "the wait")
+    (bench.engine / "down").unlink()
+    bench.await_phase("serving")
+    process.terminate()
+    assert end(process) == STOPPED
