@@ -14,6 +14,7 @@ from ..errors import ReapError
 from ..fetch import engine, store
 from ..fetch.hub import Settings
 from ..fetch.progress import Progress
+from ..fetch.state import inspect
 
 HELP = "download, verify or import a model revision"
 
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         raise ReapError(f"--expect is {args.expect!r}; wanted a JSON object of config keys")
     dest = args.dest.absolute()
     if args.check:
-        state = engine.inspect(args.repo, args.revision, dest, expect)
+        state = inspect(args.repo, args.revision, dest, expect)
         print(json.dumps({"changed": False, "ready": state.ready, "reasons": state.reasons, "begun": state.begun}))
         return 0 if state.ready else 1
     token = os.environ.pop(args.token_env, None)

@@ -17,8 +17,9 @@ from ..errors import ReapError
 from . import local, store
 from . import manifest as mf
 from .hub import Hub, Settings
-from .plan import CONFIG, INDEX, Want, check_config, check_identity, check_index, download_order
+from .plan import CONFIG, INDEX, Want, check_config, check_index, download_order
 from .progress import Progress
+from .state import inspect
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,49 +59,6 @@ class Outcome:
     repaired: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     elapsed_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """What a look at the folders says, without reading a model file."""
-
-    ready: bool
-    reasons: list[str]
-    size: int
-    begun: int
-
-
-def inspect(repo: str, revision: str, dest: Path, expect: Mapping[str, Any]) -> State:
-    """Whether the revision is there, whole and the wanted one, by its manifest and the directory alone.
-
-    Raises:
-        ReapError: the checkpoint that is there is whole but another one than ``expect`` describes.
-    """
-    check_identity(repo, revision)
-    begun = 0
-    if dest.is_symlink():
-        return State(False, [f"{dest} is a link; wanted a folder of plain files"], 0, 0)
-    if not dest.is_dir():
-        partial = store.partial_of(dest)
-        begun = sum(found.st_size for found in mf.walk(partial).values())
-        return State(False, ["begun, not finished" if partial.is_dir() else "not there"], 0, begun)
-    record = mf.load(dest)
-    if record is None:
-        return State(False, ["there is no manifest, so nobody has verified it"], 0, 0)
-    if (record.repo, record.commit) != (repo, revision):
-        return State(False, [f"its manifest is of {record.repo}@{record.commit}"], 0, 0)
-    reasons = [f"{fault.name} is {_KINDS[fault.kind]}" for fault in mf.faults(dest, record)]
-    if not reasons and expect:
-        check_config(dest, expect, f"{repo}@{revision}")
-    return State(not reasons, reasons, record.size, 0)
-
-
-_KINDS = {
-    "missing": "missing",
-    "changed": "not the file that was verified",
-    "extra": "not part of the revision",
-    "link": "a link, wanted a plain file",
-}
 
 
 def fetch(request: Request, progress: Progress) -> Outcome:

@@ -1,0 +1,141 @@
+#!/usr/bin/python
+"""Thin shell round ``reap.fetch.state``: is the revision on the host, and can the host download?"""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: model_fetch_state
+short_description: Say whether a model revision is on the host, without reading it
+description:
+  - Compares the folder with its manifest by size, modification time and inode of every file,
+    and config.json with what is expected.
+  - Opens no model file and changes nothing.
+author: [reap]
+options:
+  repo:
+    description: Repository as owner/name.
+    type: str
+    required: true
+  revision:
+    description: Full commit id.
+    type: str
+    required: true
+  dest:
+    description: Folder of the revision.
+    type: path
+    required: true
+  expect:
+    description: Keys of config.json, dotted, and the values they must have. A list means any of its values.
+    type: dict
+    default: {}
+  downloader:
+    description: The downloader's virtual environment.
+    type: path
+    required: true
+  requirements_sha256:
+    description: sha256 of the pinned requirements that the virtual environment must have been made from.
+    type: str
+    required: true
+attributes:
+  check_mode:
+    support: full
+    description: Never changes anything.
+  diff_mode:
+    support: none
+    description: Never changes anything.
+"""
+
+EXAMPLES = r"""
+- name: What is on the host is known
+  model_fetch_state:
+    repo: org/name
+    revision: 0123456789abcdef0123456789abcdef01234567
+    dest: /var/lib/reap/models/org/name/0123456789abcdef0123456789abcdef01234567
+    downloader: /opt/reap/downloader
+    requirements_sha256: "{{ lookup('ansible.builtin.file', 'requirements.txt') | hash('sha256') }}"
+"""
+
+RETURN = r"""
+ready:
+  description: The revision is there, whole, verified and the expected one.
+  returned: success
+  type: bool
+reasons:
+  description: Why it is not ready.
+  returned: success
+  type: list
+  elements: str
+size:
+  description: Bytes of the verified revision; 0 when there is none.
+  returned: success
+  type: int
+begun:
+  description: Bytes of an unfinished download.
+  returned: success
+  type: int
+downloader:
+  description: State of the virtual environment, V(ready), V(missing) or V(stale).
+  returned: success
+  type: str
+venv_possible:
+  description: The host's Python can make virtual environments.
+  returned: success
+  type: bool
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.reap.errors import ReapError
+from ansible.module_utils.reap.fetch.state import inspect
+
+STAMP = ".requirements.sha256"
+
+
+def downloader_state(folder: Path, wanted: str) -> str:
+    """``missing``, ``ready``, or ``stale``: made from other requirements or for a Python that is gone."""
+    if not (folder / "pyvenv.cfg").exists():
+        return "missing"
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    try:
+        stamp = (folder / STAMP).read_text(encoding="ascii").strip()
+    except OSError:
+        return "stale"
+    whole = (folder / "lib" / version).is_dir() and os.access(folder / "bin" / "python", os.X_OK)
+    return "ready" if whole and stamp == wanted else "stale"
+
+
+def main() -> None:
+    """Look and answer."""
+    module = AnsibleModule(
+        argument_spec={
+            "repo": {"type": "str", "required": True},
+            "revision": {"type": "str", "required": True},
+            "dest": {"type": "path", "required": True},
+            "expect": {"type": "dict", "default": {}},
+            "downloader": {"type": "path", "required": True},
+            "requirements_sha256": {"type": "str", "required": True},
+        },
+        supports_check_mode=True,
+    )
+    p = module.params
+    try:
+        state = inspect(p["repo"], p["revision"], Path(p["dest"]), p["expect"])
+    except (ReapError, OSError) as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(
+        changed=False,
+        ready=state.ready,
+        reasons=state.reasons,
+        size=state.size,
+        begun=state.begun,
+        downloader=downloader_state(Path(p["downloader"]), p["requirements_sha256"]),
+        venv_possible=importlib.util.find_spec("ensurepip") is not None,
+    )
+
+
+if __name__ == "__main__":
+    main()
