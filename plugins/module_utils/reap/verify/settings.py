@@ -1,0 +1,159 @@
+"""What is to be verified, and where: from a JSON file or from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .client import CouldNotRun
+
+SUITES = ("quick", "standard", "full", "grid")
+
+
+@dataclass
+class Settings:
+    """Settings of one verification; keys of /etc/reap/verify.json have the same names.
+
+    Attributes:
+        endpoint: base URL; a trailing /v1 is ignored.
+        model: the served name.
+        profile: name for the report; None for an endpoint that has none.
+        hardware: `spark` or `sim`. Figures of any other hardware than `spark` are not compared with the reference.
+        host: name for the report; empty: this machine's.
+        suite: quick (a few short requests), standard (every task and one needle), full (and the ladder, repeated
+            measurements), grid (and every depth at every length).
+        tasks: names of the tasks to run; None: all of the suite.
+        expected_tasks: names of the tasks that must pass; None: all that run. A task that is not expected runs, is
+            reported and does not decide.
+        max_model_len: context length the server must state; None: whatever it states.
+        model_path: path the server must state as the root of the model; None: not checked.
+        added_tokens: text -> id of the model's own special tokens, a fingerprint of its tokenizer; None: not checked.
+        thinking: whether the chat template is asked to think; None: the server's default is not known.
+        needle_tokens: length of the long needle prompt, in tokens, chat template included.
+        needle_depth: where in the prompt it stands, 0 to 1.
+        needle_max_tokens, answer_max_tokens, essay_max_tokens: limits of reasoning and content together, tokens.
+        ladder, grid_lengths, grid_depths: lengths in tokens and depths of the long suites.
+        repeats: how often the measured request is repeated.
+        warmup_tokens: length of the request before the first long one; 0: none. Kernels are compiled at a first
+            long prompt.
+        slowest_prefill_tok_s: a slower prefill than this is not waited for.
+        first_token_s, between_tokens_s, total_s: deadlines of a short request, seconds.
+        metrics: `required` (no metrics: could not run) or `optional` (the report says that the cache was not proved
+            cold).
+        sample_memory: whether MemAvailable of this machine is the server's; None: when the endpoint is on loopback.
+        memory_hertz: samples a second.
+        floor_kb: the watchdog's floor, kB.
+        reference: published figures of the profile, or None.
+        slower_below, fail_below: shares of a published rate below which a run counts as slower, or as failed.
+        identity: what the recipe knows of the subject (image, patch set, model, settings); goes into the report.
+        service_file: state file of the service; its generation and start time identify the subject.
+        api_key_file: file that holds the API key; None: none is sent.
+        evidence_dir: the folder that gets one folder per run.
+    """
+
+    endpoint: str = "http://127.0.0.1:8000"
+    model: str = ""
+    profile: str | None = None
+    hardware: str | None = None
+    host: str = ""
+    suite: str = "standard"
+    tasks: list[str] | None = None
+    expected_tasks: list[str] | None = None
+    max_model_len: int | None = None
+    model_path: str | None = None
+    added_tokens: dict[str, int] | None = None
+    thinking: bool | None = None
+    needle_tokens: int = 8000
+    needle_depth: float = 0.5
+    needle_max_tokens: int = 512
+    answer_max_tokens: int = 1024
+    essay_max_tokens: int = 2048
+    ladder: list[int] = field(default_factory=lambda: [8000, 32000, 64000, 136534])
+    grid_lengths: list[int] = field(default_factory=lambda: [8000, 32000, 64000, 136534])
+    grid_depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    repeats: int = 1
+    warmup_tokens: int = 0
+    slowest_prefill_tok_s: float = 50.0
+    first_token_s: float = 120.0
+    between_tokens_s: float = 60.0
+    total_s: float = 900.0
+    metrics: str = "required"
+    sample_memory: bool | None = None
+    memory_hertz: float = 2.0
+    floor_kb: int | None = None
+    reference: dict[str, Any] | None = None
+    slower_below: float = 0.9
+    fail_below: float = 0.5
+    identity: dict[str, Any] = field(default_factory=dict)
+    service_file: str | None = None
+    api_key_file: str | None = None
+    evidence_dir: str = "/var/lib/reap/evidence"
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise CouldNotRun("no model is named: give the name under which it is served")
+        if self.suite not in SUITES:
+            raise CouldNotRun(f"suite is {self.suite!r}, wanted one of {', '.join(SUITES)}")
+        if self.metrics not in ("required", "optional"):
+            raise CouldNotRun(f"metrics is {self.metrics!r}, wanted required or optional")
+        for name, low in (("needle_tokens", 64), ("repeats", 1), ("warmup_tokens", 0), ("needle_max_tokens", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise CouldNotRun(f"{name} is {value!r}, wanted a whole number of at least {low}")
+        for depth in (self.needle_depth, *self.grid_depths):
+            if not isinstance(depth, int | float) or not 0 <= depth <= 1:
+                raise CouldNotRun(f"a depth is {depth!r}, wanted a number from 0 to 1")
+        if self.max_model_len is not None and self.needle_tokens + self.needle_max_tokens > self.max_model_len:
+            raise CouldNotRun(
+                f"needle of {self.needle_tokens} tokens and answer of {self.needle_max_tokens} do not fit the context "
+                f"of {self.max_model_len}: ask for at most {self.max_model_len - self.needle_max_tokens}"
+            )
+
+    @property
+    def simulated(self) -> bool:
+        """Whether figures say nothing about a Spark. True for anything that does not say it is one."""
+        return self.hardware != "spark"
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any], where: str) -> Settings:
+        """Settings from a parsed file.
+
+        Raises:
+            CouldNotRun: an unknown key or a value of the wrong type.
+        """
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise CouldNotRun(
+                f"{where} has {', '.join(unknown)}, which is no setting; known: {', '.join(sorted(known))}"
+            )
+        return cls(**data)
+
+    @classmethod
+    def from_file(cls, path: Path, **changes: Any) -> Settings:
+        """Settings from a JSON file, with single ones replaced."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CouldNotRun(f"{path} cannot be read ({error.strerror}): run playbooks/provision.yml first") from error
+        except ValueError as error:
+            raise CouldNotRun(f"{path} is no JSON ({error}): run playbooks/provision.yml again") from error
+        if not isinstance(data, dict):
+            raise CouldNotRun(f"{path} holds no JSON object: run playbooks/provision.yml again")
+        return cls.from_mapping({**data, **changes}, str(path))
+
+    def api_key(self) -> str | None:
+        """The API key, or None.
+
+        Raises:
+            CouldNotRun: the file cannot be read.
+        """
+        if not self.api_key_file:
+            return None
+        try:
+            return Path(self.api_key_file).read_text(encoding="utf-8").strip() or None
+        except OSError as error:
+            raise CouldNotRun(f"API key file {self.api_key_file} cannot be read: {error.strerror}") from error
