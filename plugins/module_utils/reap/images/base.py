@@ -1,0 +1,430 @@
+"""The pinned base image: is it on the host, and if not, bring it from the first source that has it.
+
+Identity is the repo digest or the image ID. An engine with the overlay2 store shows the config's digest as ID, one with
+the containerd store the manifest's, so either of the two pinned values may be either of the two found ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ReapError
+from ..fetch.progress import Progress, write_json
+from .engine import Engine, EngineError, auth_header
+
+KEEP_REPOSITORY = "reap-base"
+CUTLASS_LABEL = "io.reap.cutlass"
+# A pull that brought nothing new is tried again this often; one that got further starts counting anew.
+ATTEMPTS = 3
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the base image must be and where it may come from.
+
+    Attributes:
+        repository: name without tag or digest, such as ``ghcr.io/owner/image``.
+        digest: manifest digest, ``sha256:`` and 64 hex digits.
+        id: config digest, or empty.
+        override: full reference of another image to test; replaces identity, and is never validated.
+        archive: path or URL of a `docker save` archive; archive_sha256 its checksum.
+        cutlass_base: ID or reference of an image on the host to put the cutlass layer on.
+        cutlass_package: what pip installs there.
+        free_bytes: what a pull or load needs at the engine's root, packed and unpacked layers together.
+        state: file that remembers what this recipe brought to the host.
+    """
+
+    repository: str
+    digest: str
+    id: str = ""
+    override: str = ""
+    archive: str = ""
+    archive_sha256: str = ""
+    cutlass_base: str = ""
+    cutlass_package: str = ""
+    free_bytes: int = 0
+    state: str = "/var/lib/reap/images.json"
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Spec:
+        """From a configuration's JSON.
+
+        Raises:
+            ReapError: an unknown or malformed value.
+        """
+        unknown = set(values) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise ReapError(f"unknown image settings {sorted(unknown)}")
+        spec = cls(**{key: value for key, value in values.items() if value is not None})
+        for name in ("digest", "id"):
+            value = getattr(spec, name)
+            if (value or name == "digest") and not is_sha256(value):
+                raise ReapError(f"image {name} is {value!r}, wanted sha256: and 64 hex digits")
+        if spec.archive and not is_sha256(f"sha256:{spec.archive_sha256.removeprefix('sha256:')}"):
+            raise ReapError(f"archive {spec.archive} needs its sha256 (64 hex digits); got {spec.archive_sha256!r}")
+        return spec
+
+    @property
+    def pinned(self) -> str:
+        return f"{self.repository}@{self.digest}"
+
+
+def is_sha256(value: str) -> bool:
+    """Whether a text is ``sha256:`` and 64 lower-case hex digits."""
+    head, _, tail = value.partition(":")
+    return head == "sha256" and len(tail) == 64 and set(tail) <= set("0123456789abcdef")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A base image on the host.
+
+    Attributes:
+        id: the engine's ID of it.
+        matched: by what it was known.
+        source: disk, registry, archive or build.
+        validated: it is the pinned image, not one to test.
+    """
+
+    id: str
+    matched: str
+    source: str
+    validated: bool
+
+    def record(self) -> dict[str, Any]:
+        return {"id": self.id, "matched": self.matched, "source": self.source, "validated": self.validated}
+
+
+def _state(spec: Spec) -> dict[str, Any]:
+    try:
+        state = json.loads(Path(spec.state).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        state = {}
+    return state if isinstance(state, dict) else {}
+
+
+def _remember(spec: Spec, **values: Any) -> None:
+    path = Path(spec.state)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = _state(spec)
+    for key, value in values.items():
+        entries = state.setdefault(key, {})
+        entries.update(value)
+    write_json(path, state)
+
+
+def locate(engine: Engine, spec: Spec) -> Found | None:
+    """The image on the host that has the right identity, None where there is none. Changes nothing."""
+    if spec.override:
+        image = engine.image(spec.override)
+        return Found(image["Id"], f"reference {spec.override}", "disk", False) if image else None
+    for name, matched in (
+        (spec.pinned, "repo digest"),
+        (spec.digest, "repo digest as image ID"),
+        (spec.id, "image ID"),
+    ):
+        image = engine.image(name) if name else None
+        # A name may be a prefix or a tag of something else; the identity itself has to be there.
+        if image and (image["Id"] in (spec.digest, spec.id) or _has_digest(image, spec.digest)):
+            return Found(image["Id"], matched, "disk", True)
+    for entry in engine.call("GET", "/images/json") or []:
+        if _has_digest(entry, spec.digest):
+            return Found(entry["Id"], "repo digest under another name", "disk", True)
+    loaded = _state(spec).get("archives", {}).get(spec.archive_sha256.removeprefix("sha256:"))
+    if loaded and engine.image(loaded):
+        return Found(loaded, "archive sha256", "disk", bool(spec.archive))
+    if spec.cutlass_base:
+        for entry in engine.call("GET", "/images/json", query={"filters": _label_filter(spec)}) or []:
+            return Found(entry["Id"], "cutlass layer built here", "disk", False)
+    return None
+
+
+def _label_filter(spec: Spec) -> str:
+    return json.dumps({"label": [f"{CUTLASS_LABEL}={spec.cutlass_base} {spec.cutlass_package}"]})
+
+
+def _has_digest(image: Mapping[str, Any], digest: str) -> bool:
+    return any(name.rpartition("@")[2] == digest for name in image.get("RepoDigests") or [])
+
+
+def free_bytes(engine: Engine) -> tuple[str, int]:
+    """The engine's root and the bytes free there."""
+    root = str(engine.call("GET", "/info").get("DockerRootDir") or "/var/lib/docker")
+    place = Path(root)
+    while not place.exists():
+        place = place.parent
+    numbers = os.statvfs(place)
+    return root, numbers.f_bavail * numbers.f_frsize
+
+
+def _check_space(engine: Engine, needed: int, what: str) -> None:
+    root, free = free_bytes(engine)
+    if free < needed:
+        raise ReapError(
+            f"{root} has {free / GB:.1f} GB free, {what} needs {needed / GB:.1f} GB packed and unpacked: "
+            "free space there or move the engine's data root; nothing was downloaded"
+        )
+
+
+def ensure(engine: Engine, spec: Spec, progress: Progress, secrets: Mapping[str, str]) -> tuple[Found, bool]:
+    """Bring the base image to the host.
+
+    Args:
+        secrets: REAP_REGISTRY_USER and REAP_REGISTRY_PASSWORD, used for the pull and kept nowhere.
+
+    Returns:
+        The image, and whether anything was changed.
+
+    Raises:
+        ReapError: no source has it; the text names each and what it said. Images and names are as they were.
+    """
+    found = locate(engine, spec)
+    if found:
+        return found, False
+    refusals = []
+    sources: list[tuple[str, Callable[[], Found]]] = [
+        ("registry", lambda: _pull(engine, spec, progress, secrets)),
+    ]
+    if spec.archive:
+        sources.append(("archive", lambda: _load(engine, spec, progress)))
+    if spec.cutlass_base:
+        sources.append(("build", lambda: _build_cutlass(engine, spec, progress)))
+    for name, bring in sources:
+        progress.update(source=name)
+        try:
+            found = bring()
+        except ReapError as error:
+            refusals.append(f"{name}: {error}")
+            continue
+        _remember(spec, bases={found.id: {"source": found.source, "reference": spec.override or spec.pinned}})
+        return found, True
+    raise ReapError("; ".join(refusals))
+
+
+# Pull
+
+
+def _pull(engine: Engine, spec: Spec, progress: Progress, secrets: Mapping[str, str]) -> Found:
+    _check_space(engine, spec.free_bytes, "the image")
+    reference = spec.override or spec.pinned
+    registry = reference.split("/", 1)[0]
+    headers = {}
+    if secrets.get("REAP_REGISTRY_USER") and secrets.get("REAP_REGISTRY_PASSWORD"):
+        headers = auth_header(registry, secrets["REAP_REGISTRY_USER"], secrets["REAP_REGISTRY_PASSWORD"])
+    best, left = -1, ATTEMPTS
+    while True:
+        layers = _Layers(progress)
+        try:
+            for line in engine.lines(
+                "POST", "/images/create", query=_pull_query(reference), headers=headers, timeout=600
+            ):
+                if "error" in line:
+                    raise EngineError(str(line["error"]))
+                layers.take(line)
+            break
+        except (EngineError, OSError, ValueError) as error:
+            message = str(error)
+            if _final(message):
+                raise ReapError(_explain(message, reference, registry)) from error
+            left = ATTEMPTS if layers.done > best and best >= 0 else left - 1
+            best = max(best, layers.done)
+            if left <= 0:
+                raise ReapError(_explain(message, reference, registry)) from error
+            progress.update(detail=f"broke off ({message[:80]}), goes on in a moment")
+            time.sleep(2.0 * (ATTEMPTS - left))
+    found = locate(engine, spec)
+    if found is None:
+        raise ReapError(f"{reference} was pulled, but the engine shows no image with that identity")
+    if not spec.override:
+        # Without a name of its own it would look like a leftover to whoever tidies up.
+        engine.tag(found.id, KEEP_REPOSITORY, spec.digest.partition(":")[2][:12])
+    return Found(found.id, found.matched, "registry", found.validated)
+
+
+def _pull_query(reference: str) -> dict[str, str]:
+    name, at, digest = reference.partition("@")
+    if at:
+        return {"fromImage": name, "tag": digest}
+    last = name.rpartition("/")[2]
+    if ":" in last:
+        return {"fromImage": name.rpartition(":")[0], "tag": last.partition(":")[2]}
+    return {"fromImage": name, "tag": "latest"}
+
+
+class _Layers:
+    """Bytes of a pull out of the engine's stream of {id, status, progressDetail}."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.current: dict[str, int] = {}
+        self.total: dict[str, int] = {}
+        self.done = 0
+
+    def take(self, line: Mapping[str, Any]) -> None:
+        layer, status, detail = str(line.get("id", "")), str(line.get("status", "")), line.get("progressDetail") or {}
+        if status == "Downloading":
+            self.current[layer] = int(detail.get("current") or 0)
+            self.total[layer] = max(int(detail.get("total") or 0), self.current[layer])
+        elif status in ("Download complete", "Pull complete", "Verifying Checksum", "Extracting"):
+            self.current[layer] = self.total.get(layer, self.current.get(layer, 0))
+        self.done = sum(self.current.values())
+        self.progress.update(self.done, total=sum(self.total.values()) or None, detail=status)
+
+
+def _final(message: str) -> bool:
+    words = (
+        "manifest unknown",
+        "not found",
+        "denied",
+        "unauthorized",
+        "no basic auth",
+        "invalid reference",
+        "no space left",
+    )
+    return any(word in message.lower() for word in words)
+
+
+def _explain(message: str, reference: str, registry: str) -> str:
+    low = message.lower()
+    if "manifest unknown" in low or "not found" in low:
+        return f"{registry} has no {reference} ({message}): check the repository and the digest"
+    if "denied" in low or "unauthorized" in low or "no basic auth" in low:
+        return (
+            f"{registry} refuses {reference} ({message}): set REAP_REGISTRY_USER and REAP_REGISTRY_PASSWORD, "
+            "or give runtime_image_archive"
+        )
+    if "no space left" in low:
+        return (
+            f"the disk filled up while pulling {reference} ({message}): free space, run again; finished layers are kept"
+        )
+    return f"{registry} does not answer for {reference} ({message}): start the registry or mend the network, run again"
+
+
+# Saved archive
+
+
+def _load(engine: Engine, spec: Spec, progress: Progress) -> Found:
+    wanted = spec.archive_sha256.removeprefix("sha256:")
+    path, temporary = Path(spec.archive), None
+    if spec.archive.startswith(("http://", "https://")):
+        temporary = path = Path(spec.state).parent / f"image-{wanted[:12]}.tar.partial"
+        _download(spec.archive, path, progress)
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise ReapError(f"archive {path}: {error.strerror}") from error
+    _check_space(engine, max(spec.free_bytes, size), "the archive")
+    progress.update(0, total=size, detail="checking the archive")
+    if (got := _sha256(path, progress)) != wanted:
+        if temporary:
+            temporary.unlink(missing_ok=True)
+        raise ReapError(f"archive {spec.archive} has sha256 {got}, wanted {wanted}: fetch it again; nothing was loaded")
+    before = {entry["Id"] for entry in engine.call("GET", "/images/json") or []}
+    progress.update(detail="loading the archive")
+    with path.open("rb") as archive:
+        for line in engine.lines("POST", "/images/load", query={"quiet": 1}, body=archive, timeout=None):
+            if "error" in line:
+                raise EngineError(f"archive {path} cannot be loaded: {line['error']}")
+    if temporary:
+        temporary.unlink(missing_ok=True)
+    found = locate(engine, spec)
+    if found:
+        return Found(found.id, found.matched, "archive", found.validated)
+    new = [entry["Id"] for entry in engine.call("GET", "/images/json") or [] if entry["Id"] not in before]
+    if spec.id or len(new) != 1:
+        for image in new:
+            engine.remove_image(image)
+        raise ReapError(
+            f"archive {spec.archive} holds {', '.join(new) or 'nothing new'}, wanted {spec.id or spec.digest}: "
+            "it was unloaded"
+        )
+    # Without a pinned image ID the checked archive itself is the identity (a saved image has lost its repo digest).
+    engine.tag(new[0], KEEP_REPOSITORY, spec.digest.partition(":")[2][:12])
+    _remember(spec, archives={wanted: new[0]})
+    return Found(new[0], "archive sha256", "archive", True)
+
+
+def _sha256(path: Path, progress: Progress | None = None) -> str:
+    total, done = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            total.update(chunk)
+            done += len(chunk)
+            if progress:
+                progress.update(done)
+    return total.hexdigest()
+
+
+def _download(url: str, path: Path, progress: Progress) -> None:
+    """Fetch a file, going on where an earlier try stopped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    have = path.stat().st_size if path.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            resumed = answer.status == 206
+            have = have if resumed else 0
+            length = answer.headers.get("Content-Length")
+            total = have + int(length) if length else None
+            with path.open("ab" if resumed else "wb") as file:
+                while chunk := answer.read(1 << 20):
+                    file.write(chunk)
+                    have += len(chunk)
+                    progress.update(have, total=total, detail="downloading the archive")
+    except OSError as error:
+        if getattr(error, "code", None) == 416:
+            return  # all of it is here; the checksum says whether it is right
+        raise ReapError(
+            f"archive {url} cannot be fetched: {error}; what came is kept and the next run goes on"
+        ) from error
+
+
+# The cutlass layer
+
+
+def _build_cutlass(engine: Engine, spec: Spec, progress: Progress) -> Found:
+    base = engine.image(spec.cutlass_base)
+    if base is None:
+        raise ReapError(f"the base for the cutlass layer, {spec.cutlass_base}, is not on the host")
+    _check_space(engine, 2_000_000_000, "the cutlass layer")
+    progress.update(detail=f"installing {spec.cutlass_package}")
+    worker = engine.create(
+        base["Id"],
+        {"Entrypoint": ["python3"], "Cmd": ["-m", "pip", "install", "--no-cache-dir", "-U", spec.cutlass_package]},
+    )
+    try:
+        status, output = engine.run(worker, timeout=1800)
+        if status != 0:
+            raise ReapError(
+                f"{spec.cutlass_package} cannot be installed on {spec.cutlass_base}: {output.strip()[-300:]}"
+            )
+        config = base.get("Config") or {}
+        changes = [f"LABEL {CUTLASS_LABEL}={json.dumps(f'{spec.cutlass_base} {spec.cutlass_package}')}"]
+        changes += [
+            f"ENTRYPOINT {json.dumps(config.get('Entrypoint') or [])}",
+            f"CMD {json.dumps(config.get('Cmd') or [])}",
+        ]
+        built = engine.call(
+            "POST",
+            "/commit",
+            query={
+                "container": worker,
+                "repo": f"{KEEP_REPOSITORY}-cutlass",
+                "tag": spec.digest.partition(":")[2][:12],
+                "changes": "\n".join(changes),
+            },
+            body={},
+            timeout=1800,
+        )["Id"]
+    finally:
+        engine.remove_container(worker)
+    return Found(str(built), "cutlass layer built here", "build", False)

@@ -1,0 +1,272 @@
+"""The patched image: the base plus the patched files, proven before it gets its name.
+
+It is made with three containers. One applies the patches and is thrown away; one is never started, gets the changed
+files and is committed, so that the image's configuration is exactly the base's; one runs the self-test on the result.
+Only then is the result named. The same calls work with every engine's builder and image store.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ReapError
+from ..fetch.progress import Progress
+from .base import Found
+from .engine import Engine
+
+REPOSITORY = "reap-runtime"
+LABEL_BASE, LABEL_BASE_ID, LABEL_PATCHES = "io.reap.base", "io.reap.base-id", "io.reap.patch-set"
+LABEL_ROUTER, LABEL_TESTED = "io.reap.router", "io.reap.self-test"
+# Containers of a build are known by their name: a label would be committed into the image and from there into every
+# container of the service.
+WORK = "reap-image-work"
+PROGRAM_IN_IMAGE = "/opt/reap/bin/reap"
+REPORT_IN_IMAGE = "/opt/reap/patch-report.json"
+APPLY_TIMEOUT_S = 600.0
+SELFTEST_TIMEOUT_S = 900.0
+
+
+@dataclass(frozen=True)
+class Build:
+    """What to build.
+
+    Attributes:
+        name: of the result, repository and tag, as `reap.images.naming` makes it.
+        patch_set: identity of the patches, 64 hex digits; the program that applies them must have the same.
+        identity: of the base: its digest, or the reference that stands for it.
+        router: router variant.
+        python: interpreter inside the image, a name or a path.
+        site_packages: folder inside the image, or `auto`.
+        gpus: give the self-test all GPUs of the host.
+        keep: how many older patched images stay, for a rollback.
+    """
+
+    name: str
+    patch_set: str
+    identity: str
+    router: str = "torch"
+    python: str = "python3"
+    site_packages: str = "auto"
+    gpus: bool = False
+    keep: int = 1
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Build:
+        """From a configuration's JSON.
+
+        Raises:
+            ReapError: an unknown value.
+        """
+        unknown = set(values) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise ReapError(f"unknown patch settings {sorted(unknown)}")
+        missing = {"name", "patch_set", "identity"} - set(values)
+        if missing:
+            raise ReapError(f"patch settings {sorted(missing)} are missing")
+        return cls(**values)
+
+    def labels(self, base: Found) -> dict[str, str]:
+        """Labels of a finished image."""
+        return {
+            LABEL_BASE: self.identity,
+            LABEL_BASE_ID: base.id,
+            LABEL_PATCHES: self.patch_set,
+            LABEL_ROUTER: self.router,
+            LABEL_TESTED: "passed",
+        }
+
+
+def labels_of(image: Mapping[str, Any]) -> dict[str, str]:
+    """Labels of an image as `Engine.image` or the engine's list gives it."""
+    return dict(image.get("Labels") or (image.get("Config") or {}).get("Labels") or {})
+
+
+def current(engine: Engine, build: Build, base: Found) -> str | None:
+    """ID of the finished image of this base and patch set, None where it is missing or made of another base."""
+    image = engine.image(build.name)
+    if image is None:
+        return None
+    labels = labels_of(image)
+    return str(image["Id"]) if all(labels.get(key) == value for key, value in build.labels(base).items()) else None
+
+
+def ensure(engine: Engine, build: Build, base: Found, program: Path, progress: Progress) -> tuple[dict[str, Any], bool]:
+    """Make the patched image unless it is there.
+
+    Args:
+        program: the reap program (a zipapp); it goes into the image as well.
+
+    Returns:
+        {image, id, report}, and whether anything was built or pruned. `report` is None where nothing was built.
+
+    Raises:
+        ReapError: a patch or the self-test failed; no name was moved, so what was served stays.
+    """
+    found = current(engine, build, base)
+    if found:
+        return {"image": build.name, "id": found, "report": None, "pruned": []}, False
+    for step in ("apply", "image", "selftest"):
+        engine.remove_container(f"{WORK}-{step}")
+    work: list[str] = []
+    candidate = ""
+    try:
+        progress.update(0, total=3, detail="applying the patches")
+        report, files = _apply(engine, build, base, program.read_bytes(), work)
+
+        progress.update(1, detail="putting the image together")
+        still = engine.create(base.id, name=f"{WORK}-image")
+        work.append(still)
+        engine.put(still, files)
+        candidate = _commit(engine, still, {})
+
+        progress.update(2, detail="running the router's self-test in the image")
+        report["selftest"] = _selftest(engine, build, candidate, work)
+        report["base"] = {"identity": build.identity, **base.record()}
+        engine.put(still, _tar({REPORT_IN_IMAGE: (_json(report), 0o644)}))
+        image = _commit(engine, still, build.labels(base))
+        repository, _, tag = build.name.partition(":")
+        engine.tag(image, repository, tag)
+        progress.update(3)
+    finally:
+        for container in work:
+            engine.remove_container(container)
+        if candidate:
+            engine.remove_image(candidate)
+    return {"image": build.name, "id": image, "report": report, "pruned": prune(engine, build)}, True
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _tar(files: Mapping[str, tuple[bytes, int]]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for path, (data, mode) in files.items():
+            member = tarfile.TarInfo(path.lstrip("/"))
+            member.size, member.mode = len(data), mode
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def _worker(engine: Engine, build: Build, image: str, command: list[str], work: list[str], gpus: bool) -> str:
+    host: dict[str, Any] = {"NetworkMode": "none"}
+    if gpus:
+        host["DeviceRequests"] = [{"Driver": "", "Count": -1, "Capabilities": [["gpu"]]}]
+    container = engine.create(
+        image,
+        {
+            "Entrypoint": [build.python],
+            "Cmd": [PROGRAM_IN_IMAGE, "patch", *command],
+            "User": "0",
+            "WorkingDir": "/",
+            # Bytecode of patched modules would be new files of no use.
+            "Env": ["PYTHONDONTWRITEBYTECODE=1"],
+            "HostConfig": host,
+        },
+        name=f"{WORK}-{command[0]}",
+    )
+    work.append(container)
+    return container
+
+
+def _run(engine: Engine, container: str, timeout: float, what: str) -> tuple[int, dict[str, Any], str]:
+    try:
+        status, output = engine.run(container, timeout)
+    except TimeoutError as error:
+        raise ReapError(f"{what} did not end within {timeout:.0f} s") from error
+    # The image's own libraries may print before and after; the report is the one JSON object that starts a line.
+    match = re.search(r"^\{\n.*?^\}$", output, re.MULTILINE | re.DOTALL)
+    try:
+        return status, json.loads(match[0]) if match else {}, output
+    except ValueError:
+        return status, {}, output
+
+
+def _apply(engine: Engine, build: Build, base: Found, program: bytes, work: list[str]) -> tuple[dict[str, Any], bytes]:
+    """Apply the patches in a container of the base; return the report and the changed files as an archive."""
+    command = ["apply", "--json", "--router", build.router, "--site-packages", build.site_packages]
+    container = _worker(engine, build, base.id, command, work, gpus=False)
+    files: dict[str, tuple[bytes, int]] = {PROGRAM_IN_IMAGE: (program, 0o755)}
+    engine.put(container, _tar(files))
+    try:
+        status, report, output = _run(engine, container, APPLY_TIMEOUT_S, "applying the patches")
+    except ReapError as error:
+        if "executable file not found" in str(error) or "no such file" in str(error):
+            raise ReapError(
+                f"the base image {build.identity} has no {build.python}: set vllm_patches_python to its Python"
+            ) from error
+        raise
+    if report and report["patch_set"] != build.patch_set:
+        raise ReapError(
+            f"the program on the host has patch set {report['patch_set'][:12]}, wanted {build.patch_set[:12]}: "
+            "run the role vllm_patches from its first step"
+        )
+    if status != 0 or not report:
+        failed = [one for one in report.get("patches", []) if one["state"] == "failed"]
+        said = "; ".join(f"{one['id']}: {one['reason']}" for one in failed) or output.strip()[-400:]
+        raise ReapError(f"the patches do not fit the base image {build.identity}: {said}")
+    members: list[tuple[tarfile.TarInfo, bytes]] = []
+    for change in engine.call("GET", f"/containers/{container}/changes") or []:
+        path = str(change["Path"])
+        # Kind 2 is a deletion, of stale bytecode only; Python itself ignores what does not match its source.
+        if change["Kind"] == 2 or not path.startswith(str(report["site_packages"]) + "/") or not path.endswith(".py"):
+            continue
+        member, data = engine.get(container, path)
+        member.name = path.lstrip("/")
+        members.append((member, data))
+    if not members and report["changed"]:
+        raise ReapError("the engine lists no changed file, though patches were applied")
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for member, data in members:
+            archive.addfile(member, io.BytesIO(data))
+        for path, (data, mode) in files.items():
+            member = tarfile.TarInfo(path.lstrip("/"))
+            member.size, member.mode = len(data), mode
+            archive.addfile(member, io.BytesIO(data))
+    return report, buffer.getvalue()
+
+
+def _selftest(engine: Engine, build: Build, candidate: str, work: list[str]) -> dict[str, Any]:
+    container = _worker(engine, build, candidate, ["selftest", "--json"], work, gpus=build.gpus)
+    status, outcome, output = _run(engine, container, SELFTEST_TIMEOUT_S, "the router's self-test")
+    if status != 0 or not outcome.get("ok"):
+        said = outcome.get("problem") or output.strip()[-400:]
+        raise ReapError(f"the patched router failed its self-test in {build.identity}: {said}")
+    return outcome
+
+
+def _commit(engine: Engine, container: str, labels: Mapping[str, str]) -> str:
+    changes = "\n".join(f"LABEL {key}={json.dumps(value)}" for key, value in labels.items())
+    query = {"container": container, "changes": changes, "comment": "patched by reap"}
+    return str(engine.call("POST", "/commit", query=query, body={}, timeout=1800)["Id"])
+
+
+def prune(engine: Engine, build: Build) -> list[str]:
+    """Remove patched images beyond the newest and `keep` older ones; what a container uses stays. Returns the names."""
+    entries = engine.call("GET", "/images/json", query={"filters": json.dumps({"label": [LABEL_PATCHES]})}) or []
+    named = [
+        (entry["Created"], name)
+        for entry in entries
+        for name in entry.get("RepoTags") or []
+        if name.startswith(f"{REPOSITORY}:") and name != build.name
+    ]
+    gone = []
+    for _, name in sorted(named, reverse=True)[build.keep :]:
+        if not _in_use(engine, name) and engine.remove_image(name):
+            gone.append(name)
+    return gone
+
+
+def _in_use(engine: Engine, name: str) -> bool:
+    image = engine.image(name)
+    filters = json.dumps({"ancestor": [name]})
+    return image is None or bool(engine.call("GET", "/containers/json", query={"all": 1, "filters": filters}))
