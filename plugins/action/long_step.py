@@ -228,6 +228,8 @@ class ActionModule(ActionBase):
         for noise in ("signature", "command", "invocation", "ended"):
             view.pop(noise, None)
         view.setdefault("rc", None)
+        # Without it Ansible takes an exit status of null for a failure.
+        view.setdefault("failed", False)
         stdout, stderr = str(view.get("stdout", "")), str(view.get("stderr", ""))
         view["stdout_lines"], view["stderr_lines"] = stdout.splitlines(), stderr.splitlines()
         view["result"] = _last_json(stdout)

@@ -84,28 +84,12 @@ venv_possible:
 """
 
 import importlib.util
-import os
-import sys
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.reap.errors import ReapError
+from ansible.module_utils.reap.fetch import downloader
 from ansible.module_utils.reap.fetch.state import inspect
-
-STAMP = ".requirements.sha256"
-
-
-def downloader_state(folder: Path, wanted: str) -> str:
-    """``missing``, ``ready``, or ``stale``: made from other requirements or for a Python that is gone."""
-    if not (folder / "pyvenv.cfg").exists():
-        return "missing"
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    try:
-        stamp = (folder / STAMP).read_text(encoding="ascii").strip()
-    except OSError:
-        return "stale"
-    whole = (folder / "lib" / version).is_dir() and os.access(folder / "bin" / "python", os.X_OK)
-    return "ready" if whole and stamp == wanted else "stale"
 
 
 def main() -> None:
@@ -132,7 +116,7 @@ def main() -> None:
         reasons=state.reasons,
         size=state.size,
         begun=state.begun,
-        downloader=downloader_state(Path(p["downloader"]), p["requirements_sha256"]),
+        downloader=downloader.state(Path(p["downloader"]), p["requirements_sha256"]),
         venv_possible=importlib.util.find_spec("ensurepip") is not None,
     )
 

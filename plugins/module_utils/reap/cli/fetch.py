@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from ..errors import ReapError
-from ..fetch import engine, store
+from ..fetch import downloader, engine, store
 from ..fetch.hub import Settings
 from ..fetch.progress import Progress
 from ..fetch.state import inspect
@@ -90,6 +90,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"with --prune: keep the model this file names (default: {', '.join(SERVICE_FILES)})",
     )
+    parser.add_argument(
+        "--install-downloader", type=Path, metavar="DIR", help="make this virtual environment, nothing else"
+    )
+    parser.add_argument(
+        "--requirements", type=Path, metavar="FILE", help="with --install-downloader: pinned, hashed packages"
+    )
+    parser.add_argument(
+        "--pip-arg", action="append", default=[], metavar="ARG", help="with --install-downloader: for pip"
+    )
     parser.add_argument("--dry-run", action="store_true", help="with --prune: only say what would go")
 
 
@@ -106,6 +115,11 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0 good, 1 not ready (``--check``), 2 could not be done.
     """
+    if args.install_downloader is not None:
+        if args.requirements is None:
+            raise ReapError("--requirements is missing")
+        print(json.dumps({"changed": downloader.install(args.install_downloader, args.requirements, args.pip_arg)}))
+        return 0
     if args.list or args.prune:
         return _manage(args)
     for name in ("repo", "revision", "dest"):
