@@ -59,25 +59,25 @@ def container_files(docker_data: Path, container_id: str | None) -> tuple[dict[s
     return state, lines
 
 
-def journal_lines(unit: str, timeout_s: float = 5.0) -> list[str]:
-    """The unit's last journal lines; one line that says why where the journal does not answer."""
+def journal_lines(selection: str, most: int = _LOG_LINES, timeout_s: float = 5.0) -> list[str]:
+    """The last journal lines of a selection (--unit=NAME, --dmesg); one line that says why where there is no answer."""
     program = shutil.which("journalctl")
     if program is None:
         return ["journalctl is not installed"]
-    command = [program, f"--unit={unit}", f"--lines={_LOG_LINES}", "--output=short-precise", "--no-pager", "--quiet"]
+    command = [program, selection, f"--lines={most}", "--output=short-precise", "--no-pager", "--quiet"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=timeout_s, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return [f"the journal did not answer: {error}"]
-    return done.stdout.decode("utf-8", "replace").splitlines()[-_LOG_LINES:]
+    return done.stdout.decode("utf-8", "replace").splitlines()[-most:]
 
 
 def kernel_lines(path: Path = Path("/dev/kmsg")) -> list[str]:
     """The kernel's last lines about the GPU driver and about memory ("NVRM", "Out of memory", ...)."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        return [f"{path}: {error.strerror}"]
+    except OSError:
+        return _about_memory(journal_lines("--dmesg", 10 * _LOG_LINES))
     lines: list[str] = []
     try:
         while True:
@@ -92,6 +92,10 @@ def kernel_lines(path: Path = Path("/dev/kmsg")) -> list[str]:
             lines += record.decode("utf-8", "replace").splitlines()
     finally:
         os.close(fd)
+    return _about_memory(lines)
+
+
+def _about_memory(lines: list[str]) -> list[str]:
     return [line for line in lines if any(word in line for word in _KERNEL_WORDS)][-_KERNEL_LINES:]
 
 
@@ -113,7 +117,7 @@ def collect(settings: Settings, event: dict[str, Any], meminfo: str, before: lis
         "processes_after": biggest_processes(),
         "container_state": state,
         "container_log": log,
-        "journal": journal_lines(settings.unit),
+        "journal": journal_lines(f"--unit={settings.unit}"),
         "kernel": kernel_lines(),
     }
 

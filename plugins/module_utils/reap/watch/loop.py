@@ -39,7 +39,8 @@ class Guardian:
         self._systemd = Systemd(environment)
         self._boot_id = read_boot_id()
         self._meminfo = Meminfo(settings.paths.meminfo)
-        if self._meminfo.read() is None:
+        self._kb = self._meminfo.read()
+        if self._kb is None:
             raise ReapError(f"{settings.paths.meminfo} gives no MemAvailable; the watchdog cannot guard this host")
         self._ring = Ring(int(settings.series_minutes * 60 / self._limits.fast_interval_s))
         self._secretary = Secretary(settings, self._ring)
@@ -56,7 +57,6 @@ class Guardian:
         self._killing: Target | None = None
         self._killed_at = 0.0
         self._kill_late = False
-        self._kb: int | None = None
         self._phase = Phase.ABSENT
         self._readings = self._unreadable = self._pressures = 0
         self._stop = self._lift = False
