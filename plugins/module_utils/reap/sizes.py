@@ -20,7 +20,7 @@ _BINARY = {"T": 2**40, "G": GIB, "M": MIB, "K": KIB}
 _DECIMAL = {"t": 10**12, "g": 10**9, "m": 10**6, "k": 10**3}
 # Only ASCII digits and a bounded number of them: \d would take other scripts' digits, and int() refuses 4301 of them
 # with its own words.
-_SIZE = re.compile(r"([0-9]{1,24})(\.[0-9]{1,24})?([kKmMgGtT]?)")
+_SIZE = re.compile(r"([0-9]{1,30})(\.[0-9]{1,30})?([kKmMgGtT]?)")
 
 
 def to_bytes(value: object, what: str = "size") -> int:

@@ -8,6 +8,7 @@ memory and the page cache and slab that can be dropped, less the reserve that th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -145,7 +146,8 @@ def remember(path: Path, host: HostMemory) -> None:
         )
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise ReapError(f"{path} cannot be written: {error.strerror}") from error
 
 

@@ -51,7 +51,7 @@ PREFILL = {False: (8192, 2.01, 5.8), True: (4096, 1.2, 9.8)}
 
 # How much of the slack between reserved and allocated stays with expandable segments, as a share. The H200 ran without
 # them (share 1). On GB10 the validated profiles run with them, and K160 + MTP2 kept its prompt above its floor: 0.18 at
-# most. Between 0.018 and 0.109 every outcome known from GB10 comes out for every MemTotal from 119.7 to 121.7 GiB; this
+# most. Between 0.03 and 0.10 every outcome known from GB10 comes out for every MemTotal from 119.7 to 121.7 GiB; this
 # is the middle.
 EXPANDABLE_SHARE = 0.06
 

@@ -3,6 +3,7 @@ where not."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def predict(config: DeepSeekV4) -> Weights:
 
     Linear in K, so two small models give it exactly without walking through every expert.
     """
-    one, two = (summed(deepseek_tensors(config.with_experts(k))) for k in (1, 2))
+    one, two = _first_two(config.with_experts(1))
     more = config.n_routed_experts - 1
 
     def at(first: int, second: int) -> int:
@@ -95,6 +96,11 @@ def predict(config: DeepSeekV4) -> Weights:
         at(one.mtp_other, two.mtp_other),
         at(one.tensors, two.tensors),
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _first_two(config: DeepSeekV4) -> tuple[Weights, Weights]:
+    return summed(deepseek_tensors(config)), summed(deepseek_tensors(config.with_experts(2)))
 
 
 def summed(tensors: Iterable[Tensor]) -> Weights:
