@@ -144,7 +144,7 @@ def test_status_is_one_line_and_one_json() -> None:
 BAD_INPUT = {
     "unknown profile": (["-e", "reap_profile=k145"], "unknown profile"),
     "misspelt variable": (["-e", "reap_service_prot=1"], "unknown setting reap_service_prot"),
-    "floor as a size": (["-e", "watchdog_min_available_kb=8G"], "'8G', wanted int"),
+    "floor as a size": (["-e", "watchdog_floor_kb=8G"], "'8G', wanted int"),
     "port that is no number": (["-e", "reap_port=http"], "wanted a TCP port"),
     "port in use": (["-e", "reap_port=22"], "22"),
     "wrong digest": (

@@ -36,8 +36,8 @@ def preflight(tmp_path: Path, *extra: str, host: str = "spark-under-test") -> su
     ("setting", "wanted"),
     [
         ("reap_profile=k144-nospec-200", "did you mean k144-nospec-200k"),
-        ("watchdog_min_availabel_kb=8388608", "did you mean watchdog_min_available_kb"),
-        ("watchdog_min_available_kb=8G", "'8G', wanted int"),
+        ("watchdog_flor_kb=8388608", "did you mean watchdog_floor_kb"),
+        ("watchdog_floor_kb=8G", "'8G', wanted int"),
         ("reap_port=http", "'http', wanted a TCP port"),
         ("reap_port=70000", "'70000', wanted a TCP port"),
         ("spark_host_expect_mem_total_min_kb=lots", "'lots', wanted int"),
