@@ -15,6 +15,7 @@ from ..verify import CouldNotRun, Settings, verify
 from ..verify.evidence import (
     REPORT,
     check_writable,
+    generation_passed,
     new_folder,
     service_state,
     subject,
@@ -89,8 +90,15 @@ def settings_from(args: argparse.Namespace) -> Settings:
 
 
 def outcome(report: dict[str, Any], path: str, *, skipped: bool) -> dict[str, Any]:
-    """What a program reads from the last line."""
+    """What a program reads from the last line.
+
+    `rollback` is true when the run failed and its generation of the service never passed one: then the generation
+    before it is the better one. A generation that passed once and fails now has met something else.
+    """
+    generation = report["identity"]["service"]["generation"]
+    proved = report["verdict"] != "failed" or generation_passed(Path(path).parents[1], generation)
     return {
+        "rollback": generation is not None and not proved,
         "changed": not skipped,
         "skipped": skipped,
         "report": path,

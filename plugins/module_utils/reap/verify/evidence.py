@@ -90,6 +90,19 @@ def subject(settings: Settings, service: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def generation_passed(parent: Path, generation: str | None) -> bool:
+    """Whether any run about this generation of the service passed."""
+    for path in parent.glob(f"*/{REPORT}"):
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+            same = report["identity"]["service"]["generation"] == generation
+            if same and report["verdict"] != "failed":
+                return True
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return False
+
+
 def verified_before(parent: Path, fingerprint: str) -> dict[str, Any] | None:
     """The newest report of this subject that passed, with its path; None when there is none."""
     for path in sorted(parent.glob(f"*/{REPORT}"), reverse=True):

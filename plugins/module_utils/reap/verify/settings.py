@@ -30,7 +30,8 @@ class Settings:
             reported and does not decide.
         max_model_len: context length the server must state; None: whatever it states.
         model_path: path the server must state as the root of the model; None: not checked.
-        added_tokens: text -> id of the model's own special tokens, a fingerprint of its tokenizer; None: not checked.
+        model_dir: folder of the checkpoint on this machine; the special tokens of its tokenizer.json must be the
+            server's. None, or no such file: not checked.
         thinking: whether the chat template is asked to think; None: the server's default is not known.
         needle_tokens: length of the long needle prompt, in tokens, chat template included.
         needle_depth: where in the prompt it stands, 0 to 1.
@@ -50,7 +51,7 @@ class Settings:
         slower_below, fail_below: shares of a published rate below which a run counts as slower, or as failed.
         identity: what the recipe knows of the subject (image, patch set, model, settings); goes into the report.
         service_file: state file of the service; its generation and start time identify the subject.
-        api_key_file: file that holds the API key; None: none is sent.
+        api_key_file: file that holds the API key; None, or no such file: none is sent.
         evidence_dir: the folder that gets one folder per run.
     """
 
@@ -64,7 +65,7 @@ class Settings:
     expected_tasks: list[str] | None = None
     max_model_len: int | None = None
     model_path: str | None = None
-    added_tokens: dict[str, int] | None = None
+    model_dir: str | None = None
     thinking: bool | None = None
     needle_tokens: int = 8000
     needle_depth: float = 0.5
@@ -112,6 +113,18 @@ class Settings:
                 f"of {self.max_model_len}: ask for at most {self.max_model_len - self.needle_max_tokens}"
             )
 
+    def added_tokens(self, limit: int = 24) -> dict[str, int]:
+        """Text -> id of the first and last special tokens of the checkpoint's own tokenizer; empty where unknown."""
+        if self.model_dir is None:
+            return {}
+        try:
+            data = json.loads((Path(self.model_dir) / "tokenizer.json").read_text(encoding="utf-8"))
+            tokens = [(str(item["content"]), int(item["id"])) for item in data["added_tokens"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        half = limit // 2
+        return dict(tokens if len(tokens) <= limit else tokens[:half] + tokens[-half:])
+
     @property
     def simulated(self) -> bool:
         """Whether figures say nothing about a Spark. True for anything that does not say it is one."""
@@ -149,11 +162,13 @@ class Settings:
         """The API key, or None.
 
         Raises:
-            CouldNotRun: the file cannot be read.
+            CouldNotRun: the file is there and cannot be read.
         """
         if not self.api_key_file:
             return None
         try:
             return Path(self.api_key_file).read_text(encoding="utf-8").strip() or None
+        except FileNotFoundError:
+            return None
         except OSError as error:
             raise CouldNotRun(f"API key file {self.api_key_file} cannot be read: {error.strerror}") from error

@@ -69,8 +69,11 @@ def identity(session: Session, result: TaskResult) -> None:
     if settings.model_path is not None:
         root = served.get("root")
         result.check("model_path", root == settings.model_path, root, settings.model_path)
-    if settings.added_tokens:
-        _tokenizer_fingerprint(session, result, settings.added_tokens)
+    added = settings.added_tokens()
+    if added:
+        _tokenizer_fingerprint(session, result, added)
+    elif settings.model_dir is not None:
+        result.note = f"{settings.model_dir} has no tokenizer.json: the tokenizer was not compared"
     probe = session.ask(result, user("Say yes."), 8, count_tokens=False)
     if probe.usage is not None and session.has_tokenizer:
         offset = session.template_offset
