@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,17 +39,28 @@ arguments: "{{ reap_profile_data | reap_vllm_args(reap_model_dir, '127.0.0.1', 8
 
 def reap_vllm_args(profile: Any, model_dir: str, host: str, port: int, name: str = "profile") -> list[str]:
     """Arguments after ``vllm serve``; see :func:`reap.profiles.vllm_arguments`."""
-    return _told(lambda: vllm_arguments(Profile.from_mapping(profile, name), model_dir=model_dir, host=host, port=port))
+    return _told(
+        lambda: vllm_arguments(Profile.from_mapping(_plain(profile), name), model_dir=model_dir, host=host, port=port)
+    )
 
 
 def reap_container_env(profile: Any, cache_dir: str, name: str = "profile") -> dict[str, str]:
     """Environment of the container; see :func:`reap.profiles.container_environment`."""
-    return _told(lambda: container_environment(Profile.from_mapping(profile, name), cache_dir=cache_dir))
+    return _told(lambda: container_environment(Profile.from_mapping(_plain(profile), name), cache_dir=cache_dir))
 
 
 def reap_service_config(settings: Any) -> dict[str, Any]:
     """Content of the service's file; see :func:`reap.serve.config.service_settings`."""
-    return _told(lambda: service_settings(settings))
+    return _told(lambda: service_settings(_plain(settings)))
+
+
+def _plain(value: Any) -> Any:
+    """The same data in plain containers: Ansible's own evaluate their items late and cannot be copied by type."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _told(work: Callable[[], T]) -> T:
