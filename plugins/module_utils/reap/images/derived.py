@@ -246,7 +246,7 @@ def _selftest(engine: Engine, build: Build, candidate: str, work: list[str]) -> 
 
 def _commit(engine: Engine, container: str, labels: Mapping[str, str]) -> str:
     changes = "\n".join(f"LABEL {key}={json.dumps(value)}" for key, value in labels.items())
-    query = {"container": container, "changes": changes, "comment": "patched by reap"}
+    query = {"container": container, "changes": changes or None, "comment": "patched by reap"}
     return str(engine.call("POST", "/commit", query=query, body={}, timeout=1800)["Id"])
 
 
