@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,18 @@ options:
 def reap_verify_settings(profile: dict[str, Any], name: str, given: dict[str, Any]) -> dict[str, Any]:
     """See reap.verify.profile.settings_for."""
     try:
-        return settings_for(name, profile, given)
+        return settings_for(name, _plain(profile), _plain(given))
     except ReapError as error:
         raise AnsibleFilterError(str(error)) from error
+
+
+def _plain(value: Any) -> Any:
+    """The same data in plain containers: Ansible's own evaluate their items late and cannot be copied by type."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 class FilterModule:
