@@ -69,13 +69,13 @@ def fetch(request: Request, progress: Progress) -> Outcome:
     """
     began = time.monotonic()
     outcome = Outcome(path=str(request.dest))
-    state = inspect(request.repo, request.revision, request.dest, request.expect)
-    if not (state.ready and request.verify == "trust"):
-        with store.exclusive(request.dest, lambda text: progress.update(detail=text), request.lock_wait_s) as lock:
-            try:
+    try:
+        state = inspect(request.repo, request.revision, request.dest, request.expect)
+        if not (state.ready and request.verify == "trust"):
+            with store.exclusive(request.dest, lambda text: progress.update(detail=text), request.lock_wait_s) as lock:
                 _Run(request, progress, outcome, lock).run()
-            except OSError as error:
-                raise store.disk_error(error, request.dest) from error
+    except OSError as error:
+        raise store.disk_error(error, request.dest) from error
     record = mf.load(request.dest)
     if record is None:
         raise ReapError(f"{request.dest} has no manifest after the fetch; another program works in this folder")

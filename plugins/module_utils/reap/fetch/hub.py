@@ -43,6 +43,7 @@ class Settings:
     stall_s: float = 60.0
     min_rate: int = 32 * 1024
     patience_s: float = 1800.0
+    backoff_s: float = 1.0
     endpoint: str | None = None
     token: str | None = None
 
@@ -168,6 +169,7 @@ class Hub:
         self._note = note
         self._stop = threading.Event()
         self._children: set[_Child] = set()
+        self._idle: list[_Child] = []
         self._guard = threading.Lock()
         self._alive = time.monotonic()
 
@@ -186,12 +188,8 @@ class Hub:
             ReapError: the hub refuses, has no such revision, or is not reached within the patience.
         """
         child: list[_Child] = []
-        try:
-            reply = self._insist(
-                child, {"op": "list", "repo": self.repo, "revision": self.revision}, None, "the listing"
-            )
-        finally:
-            self._drop(child)
+        reply = self._insist(child, {"op": "list", "repo": self.repo, "revision": self.revision}, None, "the listing")
+        self._keep(child)
         return plan_from_listing(reply["files"])
 
     def download(self, wants: Sequence[Want], partial: Partial, verified: Callable[[mf.Entry], None]) -> None:
@@ -224,8 +222,13 @@ class Hub:
                 errors.append(error)
                 self._stop.set()
             finally:
-                self._drop(child)
+                self._keep(child)
 
+        if count == 1:
+            slot()
+            if errors:
+                raise errors[0]
+            return
         threads = [threading.Thread(target=slot, name=f"download-{i}", daemon=True) for i in range(count)]
         for thread in threads:
             thread.start()
@@ -291,7 +294,9 @@ class Hub:
             if kind == "contradiction" and failures >= _CONTENT_ATTEMPTS:
                 raise ReapError(f"{self.host} contradicts itself about {whole}: {message}. Nothing of it is kept.")
             asked = min(float(reply.get("retry_after") or 0), _LONGEST_WAIT_S)
-            pause = max(asked, min(60.0, 2.0 ** min(failures - 1, 6)) * random.uniform(0.5, 1.0))
+            pause = max(
+                asked, min(60.0, self.settings.backoff_s * 2.0 ** min(failures - 1, 6)) * random.uniform(0.5, 1.0)
+            )
             idle = time.monotonic() - self._alive
             if idle + pause > self.settings.patience_s:
                 raise ReapError(
@@ -306,10 +311,7 @@ class Hub:
         """One request to a child. A child without enough bytes for the stall time is ended."""
         settings = self.settings
         if not slot:
-            child = _Child(settings, self._lock)
-            with self._guard:
-                self._children.add(child)
-            slot.append(child)
+            slot.append(self._new_child())
         child = slot[0]
         child.ask(request)
         mark, marked = _size(part), time.monotonic()
@@ -341,6 +343,23 @@ class Hub:
                 mark, marked, allowed = _size(part), now, settings.stall_s
                 self._alive = now
         raise Stopped
+
+    def _new_child(self) -> _Child:
+        with self._guard:
+            if self._idle:
+                return self._idle.pop()
+        child = _Child(self.settings, self._lock)
+        with self._guard:
+            self._children.add(child)
+        return child
+
+    def _keep(self, slot: list[_Child]) -> None:
+        """Keep a child for the next request, unless it ends with this thread, as the kernel's promise to it says."""
+        if threading.current_thread() is threading.main_thread() and not self._stop.is_set():
+            with self._guard:
+                self._idle += slot
+            slot.clear()
+        self._drop(slot)
 
     def _drop(self, slot: list[_Child]) -> None:
         while slot:

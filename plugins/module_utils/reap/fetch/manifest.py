@@ -115,7 +115,7 @@ def walk(folder: Path) -> dict[str, os.stat_result]:
                 else:
                     found[name] = entry.stat(follow_symlinks=False)
 
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         visit(str(folder), "")
     return found
 

@@ -1,0 +1,155 @@
+"""A real hub on loopback, a small checkpoint on it, and the real downloader in its pinned environment."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import random
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reap.fetch import downloader, engine, hub, progress
+from sim.hub.server import Hub
+
+ROOT = Path(__file__).parents[3]
+REPO = "org/model"
+TOKEN = "hf_open_sesame_0123456789"
+
+
+@pytest.fixture(scope="session")
+def python() -> str:
+    """Python of the downloader's virtual environment, made as a host makes it and kept between runs."""
+    folder = ROOT / ".cache" / "downloader" / f"{sys.version_info.major}.{sys.version_info.minor}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        downloader.install(folder, ROOT / "roles/model_fetch/files/requirements.txt", [])
+    return str(folder / "bin" / "python")
+
+
+def shard(tensor: str, data: bytes) -> bytes:
+    """A safetensors file with one tensor of bytes."""
+    header = json.dumps({tensor: {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def write_checkpoint(
+    folder: Path, *, shards: int = 3, shard_bytes: int = 300_000, seed: int = 1, **config: Any
+) -> Path:
+    """A checkpoint of random tensors with an index; the same for the same arguments."""
+    folder.mkdir(parents=True)
+    source = random.Random(seed)
+    names = {}
+    for number in range(1, shards + 1):
+        name = f"model-{number:05d}-of-{shards:05d}.safetensors"
+        (folder / name).write_bytes(shard(f"t{number}", source.randbytes(shard_bytes)))
+        names[f"t{number}"] = name
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v4", "n_routed_experts": 144, **config}))
+    (folder / "README.md").write_text("a model\n")
+    (folder / "encoding").mkdir()
+    (folder / "encoding" / "table.py").write_text("TABLE = {}\n")
+    return folder
+
+
+@dataclass
+class Site:
+    """One hub with ``org/model`` on it, and a folder that plays a host's disk."""
+
+    hub: Hub
+    source: Path
+    models: Path
+    python: str
+
+    @property
+    def revision(self) -> str:
+        found = self.hub.repositories.revision(REPO, "main")
+        assert found is not None
+        return found.commit
+
+    @property
+    def dest(self) -> Path:
+        return self.models / REPO / self.revision
+
+    def faults(self, *rules: dict[str, Any], **more: Any) -> None:
+        self.hub.faults.replace({"rules": list(rules), **more})
+
+    def request(self, **changes: Any) -> engine.Request:
+        settings = {
+            "python": self.python,
+            "endpoint": self.hub.url,
+            "workers": 2,
+            "stall_s": 1.5,
+            "patience_s": 20.0,
+            "backoff_s": 0.1,
+            **changes.pop("settings", {}),
+        }
+        wanted: dict[str, Any] = {
+            "repo": REPO,
+            "revision": self.revision,
+            "dest": self.dest,
+            "models": self.models,
+            "settings": hub.Settings(**settings),
+        }
+        return engine.Request(**{**wanted, **changes})
+
+    def fetch(self, **changes: Any) -> engine.Outcome:
+        return engine.fetch(self.request(**changes), progress.Progress(None, "model_fetch"))
+
+    def command(self, *more: str) -> list[str]:
+        """The command line that the role runs, with quick settings."""
+        return [
+            sys.executable, "-m", "reap", "fetch",
+            f"--repo={REPO}", f"--revision={self.revision}", f"--dest={self.dest}",
+            f"--models={self.models}", f"--downloader={self.python}", f"--endpoint={self.hub.url}",
+            "--stall-timeout=2", "--patience=30", *more,
+        ]  # fmt: skip
+
+    def is_whole(self, dest: Path | None = None) -> bool:
+        """Whether the folder holds the source's files, bit for bit, and nothing else but the manifest."""
+        dest = dest or self.dest
+        wanted = contents(self.source)
+        found = contents(dest)
+        found.pop("reap-manifest.json", None)
+        return found == wanted
+
+    def got(self) -> list[dict[str, Any]]:
+        """The hub's GET requests for files, in the order in which they ended."""
+        lines = [json.loads(line) for line in self.hub.log.lines(5).splitlines()]
+        return [line for line in lines if line["method"] == "GET" and "/resolve/" in line["path"]]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Path], Hub]]:
+    """Start hubs over folders; all end with the test."""
+    running: list[tuple[Hub, threading.Thread]] = []
+
+    def start(root: Path) -> Hub:
+        server = Hub(root)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        running.append((server, thread))
+        return server
+
+    yield start
+    for server, thread in running:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def site(tmp_path: Path, python: str, serve: Callable[[Path], Hub]) -> Site:
+    source = write_checkpoint(tmp_path / "hub" / "org" / "model")
+    return Site(serve(tmp_path / "hub"), source, tmp_path / "models", python)
