@@ -79,7 +79,7 @@ def print_status() -> None:
     say(f"engine    {mode or 'not running'}{', held' if services.HOLD.exists() else ''}")
     for name, entry in services.state(engine).items():
         say(f"{name:<9} {entry['url'] if entry['running'] else 'not running'}")
-    for name, entry in hosts.all_entries().items():
+    for name in hosts.all_entries():
         runs = engine is not None and engine.running(object_name("host", name))
         say(f"host      {name}: {f'ssh -F {hosts.SSH_CONFIG} {name}' if runs else 'not running'}")
     if CACHE.exists():
@@ -103,7 +103,7 @@ def clean() -> None:
 
 
 def _machine_mode() -> bool:
-    return read_json(CACHE / "engine.json", {}).get("mode") == "machine"
+    return bool(read_json(CACHE / "engine.json", {}).get("mode") == "machine")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import grp
+import json
 import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,17 @@ from sim.common import (
 ENGINE_DIR = CACHE / "engine"
 STATE = CACHE / "engine.json"
 
+# The machine's network settings before the first private engine of any checkout; the last one to stop restores them.
+NETWORK_BEFORE = Path("/run/reap-sim-network.json")
+
 # Linux capability names by number (include/uapi/linux/capability.h). Engines before 20.10.17 know those up to 37.
-CAPABILITIES = (
+_CAPABILITY_NAMES = (
     "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE "
     "NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN "
     "SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE "
     "MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ"
-).split()
+)
+CAPABILITIES = _CAPABILITY_NAMES.split()
 
 
 def capabilities(bounding: int) -> list[str]:
@@ -147,7 +153,7 @@ class Engine:
 
 
 def run_dir() -> Path:
-    """Sockets, pid file and other things of a running private engine: short paths, gone after a restart of the machine."""
+    """Sockets and other things of a running private engine: a short path, and gone after a restart of the machine."""
     return Path("/run") / prefix()
 
 
@@ -157,12 +163,12 @@ def private_engine() -> Engine:
 
 
 def machine_engine() -> Engine | None:
-    """The engine that the machine itself runs and this user can use (through sudo where that asks nothing)."""
+    """The engine that the machine itself runs, through sudo where its socket is closed to this user."""
     if not shutil.which("docker") or not os.environ.get("DOCKER_HOST", "unix://").startswith("unix://"):
         return None
     candidates = [["docker"]]
-    if os.geteuid() and shutil.which("sudo"):
-        candidates.append(["sudo", "-n", "docker"])
+    if os.geteuid() and shutil.which("sudo") and Path("/run/docker.sock").exists():
+        candidates.append(["sudo", "docker"])
     for command in candidates:
         engine = Engine("machine", command)
         if engine.answers():
@@ -200,7 +206,7 @@ def ensure() -> Engine:
 
 
 def install_packages(packages: Sequence[str], why: str) -> None:
-    """Installs distribution packages that are missing, without letting their services start, now or at the next boot."""
+    """Installs distribution packages that are missing; their services do not start, neither now nor at a boot."""
     query = run(["dpkg-query", "--show", "--showformat=${Package} ${db:Status-Status}\n", *packages], check=False)
     there = {line.split()[0] for line in query.stdout.splitlines() if line.endswith(" installed")}
     missing = [name for name in packages if name not in there]
@@ -235,8 +241,8 @@ def _unit_exists(unit: str) -> bool:
     return run(["systemctl", "cat", unit], check=False).returncode == 0
 
 
-def _engine_packages() -> list[str]:
-    """The engine's packages; newer distributions put the client in a package of its own."""
+def docker_packages() -> list[str]:
+    """The distribution's Docker engine with its client, which newer distributions put in a package of its own."""
     names = ["docker.io", "iptables"]
     if run(["apt-cache", "show", "docker-cli"], check=False).returncode == 0:
         names.append("docker-cli")
@@ -278,7 +284,7 @@ def _start() -> Engine:
     """Starts the private engine. The caller holds the engine lock."""
     need_space(ENGINE_DIR, 10, "the simulated Spark (engine, host images, runtime image)")
     if not program("dockerd") or not shutil.which("docker") or not program("iptables"):
-        install_packages(_engine_packages(), "no container engine runs here; a private one will")
+        install_packages(docker_packages(), "no container engine runs here; a private one will")
     daemon = program("dockerd")
     if not daemon:
         raise SimError("dockerd is not on this machine although docker.io is installed: reinstall docker.io")
@@ -297,9 +303,10 @@ def _start() -> Engine:
     with step("starting a private container engine"):
         config = ENGINE_DIR / "daemon.json"
         write_json(config, settings)
-        before = ENGINE_DIR / "network-before.json"
-        if not before.exists():
-            write_json(before, _network_before())
+        if not NETWORK_BEFORE.exists():
+            text = json.dumps(_network_before())
+            run(as_root(["install", "-m", "0644", "/dev/stdin", NETWORK_BEFORE]), input_text=text)
+        _kill_leftovers(home)
         run(as_root(["rm", "-rf", home]))
         run(as_root(["install", "-d", "-m", "0755", home]))
         owner = ["-o", getpass.getuser(), "-g", str(os.getgid())] if os.geteuid() else []
@@ -317,7 +324,7 @@ def _start() -> Engine:
             )
         engine = private_engine()
         try:
-            wait_for(engine.answers, 60, "the private container engine")
+            wait_for(engine.answers, 120, "the private container engine")
         except SimError as error:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-10:])
             raise SimError(f"{error}; the end of {log}:\n{tail}") from None
@@ -325,7 +332,7 @@ def _start() -> Engine:
         if driver == "vfs":
             stop_private()
             raise SimError(
-                f"the file system under {ENGINE_DIR} gives the engine no overlay: put the repository on ext4, xfs or btrfs"
+                f"the file system under {ENGINE_DIR} gives the engine no overlay: put the repository on ext4 or xfs"
             )
     return engine
 
@@ -346,13 +353,13 @@ def stop_private() -> None:
                 time.sleep(0.1)
             if gone.exists():
                 run(as_root(["kill", "-KILL", str(pid)]), check=False)
+        _kill_leftovers(home)
         for mount in reversed(_mounts_below([home, ENGINE_DIR])):
             run(as_root(["umount", "-l", mount]), check=False)
         run(as_root(["rm", "-rf", home]))
-        before = ENGINE_DIR / "network-before.json"
-        if before.exists():
-            _network_restore(read_json(before, {}))
-            before.unlink()
+        if NETWORK_BEFORE.exists() and not _pids(lambda words: Path(words[0]).name == "dockerd"):
+            _network_restore(read_json(NETWORK_BEFORE, {}))
+            run(as_root(["rm", "-f", NETWORK_BEFORE]))
 
 
 def _pid(pid_file: Path) -> int | None:
@@ -363,6 +370,25 @@ def _pid(pid_file: Path) -> int | None:
     except (OSError, ValueError):
         return None
     return pid if str(ENGINE_DIR / "daemon.json").encode() in words else None
+
+
+def _pids(wanted: Callable[[list[str]], bool]) -> list[int]:
+    """The processes whose command line `wanted` accepts."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().decode(errors="replace").split("\0")
+            if words[0] and wanted(words):
+                found.append(int(path.parent.name))
+    return found
+
+
+def _kill_leftovers(home: Path) -> None:
+    """Ends what a killed engine of ours left: its containers' keepers and the first process in each container."""
+    keepers = _pids(lambda words: "containerd" in words[0] and any(word.startswith(f"{home}/") for word in words[1:]))
+    for keeper in keepers:
+        inside = run(["pgrep", "--parent", str(keeper)], check=False).stdout.split()
+        run(as_root(["kill", "-KILL", *inside, str(keeper)]), check=False)
 
 
 def _mounts_below(folders: Sequence[Path]) -> list[str]:

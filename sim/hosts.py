@@ -34,6 +34,7 @@ KEY = SSH_DIR / "id_ed25519"
 SSH_CONFIG = CACHE / "ssh_config"
 KNOWN_HOSTS = CACHE / "known_hosts"
 USER = "spark"
+ENTRY = "/usr/local/lib/sim/entry"
 
 
 def check_name(name: str) -> str:
@@ -75,7 +76,9 @@ def ssh_config_text(entries: dict[str, dict[str, Any]], key: Path, known_hosts: 
 def known_hosts_text(entries: dict[str, dict[str, Any]]) -> str:
     """The host keys as OpenSSH's known_hosts wants them."""
     return "".join(
-        f"[127.0.0.1]:{entry['port']} {entry['host_key']}\n" for _, entry in sorted(entries.items()) if "host_key" in entry
+        f"[127.0.0.1]:{entry['port']} {entry['host_key']}\n"
+        for _, entry in sorted(entries.items())
+        if "host_key" in entry
     )
 
 
@@ -113,29 +116,38 @@ def up(name: str, docker: str = "preinstalled", fresh: bool = False) -> dict[str
                 f"`python3 -m sim down {name}` first, or add --fresh"
             )
         container = object_name("host", name)
+        made = "host_key" not in entry
         try:
             with lock("services"):
-                if "port" not in entry:
-                    taken = [other["port"] for other in all_entries().values() if "port" in other]
-                    entry = {"name": name, "docker": docker, "port": free_port([*taken, *services.ports().values()])}
+                if not entry:
+                    entry = {"name": name, "docker": docker, "port": _port()}
                 write_json(entry_file(name), entry)
                 engine = engines.ensure()
                 services.ensure(engine)
-            if engine.running(container) and "host_key" in entry:
+            if not made and engine.running(container):
                 say(f"sim: {name} is up already")
-            elif engine.exists(container) and "host_key" in entry:
+            elif not made and engine.exists(container):
                 with step(f"starting {name} again"):
                     engine.docker("start", container)
             else:
+                made = True
                 engine.docker("rm", "--force", "--volumes", container, check=False)
                 _create(engine, entry, images.ensure(engine, f"host-{docker}"))
             _ready(engine, entry)
         except BaseException:
-            _remove(name)
-            services.release()
+            # Nothing half-made stays; a host that was there before is left for a look.
+            if made:
+                _remove(name)
+                services.release()
             raise
     say(f"sim: {name} answers: ssh -F {SSH_CONFIG} {name} ({time.monotonic() - start:.0f} s)")
     return entry
+
+
+def _port() -> int:
+    """A port for SSH that no other host or service of this checkout has."""
+    taken = [entry["port"] for entry in all_entries().values() if "port" in entry]
+    return free_port([*taken, *services.ports().values()])
 
 
 def _create(engine: Engine, entry: dict[str, Any], image: str) -> None:
@@ -150,7 +162,6 @@ def _create(engine: Engine, entry: dict[str, Any], image: str) -> None:
         engine.docker("volume", "create", *services.labels("volume"), volume)
         options = [
             *("--hostname", name, *services.labels("host"), "--network", object_name("network")),
-            *("--publish", f"127.0.0.1:{entry['port']}:22"),
             *("--cgroupns", "private", "--tmpfs", "/run:exec,mode=755", "--tmpfs", "/run/lock"),
             *("--volume", f"{volume}:/var/lib/docker"),
             # vLLM's processes share memory through /dev/shm of the host (host IPC); the engine's default is 64 MB.
@@ -158,15 +169,21 @@ def _create(engine: Engine, entry: dict[str, Any], image: str) -> None:
             # systemd's signal for an orderly halt; a reboot from inside ends with an error code and starts again.
             *("--stop-signal", "SIGRTMIN+3", "--restart", "on-failure"),
         ]
-        command = ["run", "--detach", "--name", container, *privileges, *options, image, "/usr/local/lib/sim/entry"]
-        started = engine.docker(*command, check=False)
-        if started.returncode:
-            raise SimError(f"the host {name} did not start: {started.stderr.strip()}")
+        for last in (False, False, True):
+            published = ["--publish", f"127.0.0.1:{entry['port']}:22"]
+            command = ["run", "--detach", "--name", container, *privileges, *options, *published, image, ENTRY]
+            started = engine.docker(*command, check=False)
+            if started.returncode == 0:
+                break
+            engine.docker("rm", "--force", container, check=False)
+            if last or not services.port_clash(started.stderr):
+                raise SimError(f"the host {name} did not start: {started.stderr.strip()}")
+            entry["port"] = _port()
         _install_key(engine, entry)
 
 
 def _install_key(engine: Engine, entry: dict[str, Any]) -> None:
-    """Lets our key in, and learns the host's own key through the engine, so that the first SSH connection is checked."""
+    """Lets our key in, and learns the host's own through the engine, so that even the first connection is checked."""
     container = object_name("host", entry["name"])
     script = (
         f"install -d -o {USER} -g {USER} -m 0700 /home/{USER}/.ssh && "
@@ -180,7 +197,7 @@ def _install_key(engine: Engine, entry: dict[str, Any]) -> None:
         read["key"] = " ".join(done.stdout.split()[:2])
         return bool(read["key"])
 
-    wait_for(has_key, 30, f"the SSH host key of {entry['name']}")
+    wait_for(has_key, 120, f"the SSH host key of {entry['name']}")
     entry["host_key"] = read["key"]
     write_json(entry_file(entry["name"]), entry)
 
@@ -199,12 +216,12 @@ def _ready(engine: Engine, entry: dict[str, Any]) -> None:
             raise SimError(f"the host {name} ended at its start:\n{(logs.stdout + logs.stderr).strip()}")
         return state in ("running", "degraded")
 
-    wait_for(booted, 120, f"systemd on {name}")
+    wait_for(booted, 300, f"systemd on {name}")
     if state == "degraded":
         failed = engine.output("exec", container, "systemctl", "--failed", "--no-legend", "--plain")
         say(f"sim: note: {name} has failed units:\n{failed}")
     write_ssh_files()
-    wait_for(lambda: ssh(name, "true", quiet=True) == 0, 30, f"SSH on {name}")
+    wait_for(lambda: ssh(name, "true", quiet=True) == 0, 120, f"SSH on {name}")
 
 
 def ssh(name: str, *command: str, quiet: bool = False) -> int:
@@ -224,7 +241,7 @@ def _remove(name: str) -> None:
 
 
 def down(names: list[str]) -> None:
-    """Removes hosts with all that they hold; the last one takes the services with it. A host that is not there is no error."""
+    """Removes hosts with all that they hold, those that are there; the last one takes the services with it."""
     for name in names:
         check_name(name)
         with lock(f"host-{name}"), step(f"removing {name}"):

@@ -10,17 +10,18 @@ import tempfile
 from pathlib import Path
 
 from sim.common import CACHE, KIND, LABEL, REPOSITORY, SimError, as_root, lock, need_space, prefix, run, stamp, step
-from sim.engine import Engine, install_packages, machine_stamp
+from sim.engine import Engine, docker_packages, install_packages, machine_stamp
 
 HERE = REPOSITORY / "sim"
 
 # A host before anybody set it up: what a server installation has, nothing of the recipe.
-HOST_PACKAGES = (
+_HOST_PACKAGE_NAMES = (
     "systemd systemd-sysv dbus python3 python3-apt sudo iproute2 iputils-ping ca-certificates openssh-server "
     "procps kmod curl less"
-).split()
-# A Spark comes with Docker.
-DOCKER_PACKAGES = ["docker.io", "iptables", "apparmor"]
+)
+HOST_PACKAGES = _HOST_PACKAGE_NAMES.split()
+# A Spark comes with Docker. With AppArmor in the kernel, the engine inside needs its tools.
+EXTRA_DOCKER_PACKAGES = ["apparmor"]
 SERVICE_PACKAGES = ["docker-registry", "python3", "ca-certificates"]
 
 # Free space that building each one takes, in GiB (measured: `python3 -m sim status` prints the sizes).
@@ -50,13 +51,14 @@ def machine_sources() -> tuple[str, str]:
         line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if line.count("=") == 1
     )
     codename = release.get("VERSION_CODENAME", "").strip('"')
-    query = ["apt-get", "indextargets", "--format", "$(REPO_URI)|$(RELEASE)|$(COMPONENT)|$(ORIGIN)", "Created-By: Packages"]
+    fields = "$(REPO_URI)|$(RELEASE)|$(COMPONENT)|$(ORIGIN)"
+    query = ["apt-get", "indextargets", "--format", fields, "Created-By: Packages"]
     sources = distribution_sources(run(query, check=False).stdout)
     if not sources:
         run(as_root(["apt-get", "-qq", "update"]))
         sources = distribution_sources(run(query).stdout)
     if not codename or not sources:
-        raise SimError("no Debian or Ubuntu package sources found by `apt-get indextargets`: use Debian 12+ or Ubuntu 24.04+")
+        raise SimError("`apt-get indextargets` names no Debian or Ubuntu sources: use Debian 12+ or Ubuntu 24.04+")
     return codename, sources
 
 
@@ -73,10 +75,11 @@ def lab_settings(folder: Path) -> None:
     if pip:
         lines = "".join(f"{key} = {value}\n" for key, value in sorted(pip.items()))
         (folder / "pip.conf").write_text(f"[global]\n{lines}")
-    proxies = {key: value for key, value in os.environ.items() if key.lower() in ("http_proxy", "https_proxy", "no_proxy")}
+    proxies = {name: os.environ[name] for name in ("http_proxy", "https_proxy", "no_proxy") if os.environ.get(name)}
     if proxies:
-        (folder / "environment").write_text("".join(f"{key}={shlex.quote(value)}\n" for key, value in proxies.items()))
-        apt = [f'Acquire::{key.lower().split("_")[0]}::Proxy "{value}";\n' for key, value in proxies.items() if "no" not in key.lower()]
+        lines = "".join(f"{name}={shlex.quote(value)}\n" for name, value in proxies.items())
+        (folder / "environment").write_text(lines)
+        apt = [f'Acquire::{name[:-6]}::Proxy "{value}";\n' for name, value in proxies.items() if name != "no_proxy"]
         (folder / "apt.conf").write_text("".join(apt))
 
 
@@ -123,7 +126,8 @@ def ensure(engine: Engine, kind: str) -> str:
     if kind == "services":
         packages, customize = SERVICE_PACKAGES, None
     else:
-        packages = HOST_PACKAGES + (DOCKER_PACKAGES if kind == "host-preinstalled" else [])
+        docker = [*docker_packages(), *EXTRA_DOCKER_PACKAGES] if kind == "host-preinstalled" else []
+        packages = HOST_PACKAGES + docker
         customize = HERE / "host" / "customize.sh"
     with tempfile.TemporaryDirectory(prefix=f"{prefix()}-") as name:
         lab = Path(name)
@@ -176,4 +180,4 @@ def _drop_old(engine: Engine, kind: str, keep: str) -> None:
     filters = ["--filter", f"label={LABEL}={CACHE}", "--filter", f"label={KIND}={kind}"]
     for image in engine.output("images", "--quiet", "--no-trunc", *filters).split():
         if image != wanted:
-            engine.docker("rmi", "--force", image, check=False)
+            engine.docker("rmi", image, check=False)

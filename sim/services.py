@@ -57,7 +57,7 @@ def _command(name: str) -> tuple[list[str], list[str]]:
     if name == "registry":
         REGISTRY_ROOT.mkdir(parents=True, exist_ok=True)
         mounts = [
-            bind(REPOSITORY / "sim" / "services" / "registry.yml", "/etc/registry.yml"),
+            bind(REPOSITORY / "sim" / "registry.yml", "/etc/registry.yml"),
             bind(REGISTRY_ROOT, "/var/lib/registry", writable=True),
         ]
         return mounts, ["docker-registry", "serve", "/etc/registry.yml"]
@@ -87,6 +87,11 @@ def ports() -> dict[str, int]:
     return chosen
 
 
+def port_clash(message: str) -> bool:
+    """Whether the engine says that somebody took the port meanwhile."""
+    return "port is already allocated" in message or "address already in use" in message
+
+
 def _stopped_mark(name: str) -> Path:
     return CACHE / f"{name}.stopped"
 
@@ -105,7 +110,8 @@ def ensure(engine: Engine) -> None:
 def _ensure_one(engine: Engine, name: str, image: str) -> None:
     container = object_name(name)
     mounts, command = _command(name)
-    sources = [REPOSITORY / "sim/services/registry.yml"] if name == "registry" else sorted((REPOSITORY / "sim/hub").glob("*.py"))
+    sim = REPOSITORY / "sim"
+    sources = [sim / "registry.yml"] if name == "registry" else sorted((sim / "hub").glob("*.py"))
     content = stamp([image, *command, *sources])
     seen = f'{{{{index .Config.Labels "{STAMP}"}}}} {{{{.State.Running}}}}'
     found = engine.docker("inspect", "--format", seen, container, check=False).stdout.split()
@@ -118,13 +124,15 @@ def _ensure_one(engine: Engine, name: str, image: str) -> None:
             published = f"127.0.0.1:{ports()[name]}:{SERVICES[name]}"
             marks = [*labels(name), "--label", f"{STAMP}={content}"]
             place = ["--network", object_name("network"), "--network-alias", name, "--publish", published]
+            # What it writes under the cache belongs to the user whose cache it is.
+            place += ["--user", f"{os.getuid()}:{os.getgid()}"]
             started = engine.docker(
                 "run", "--detach", "--name", container, *marks, *place, *mounts, image, *command, check=False
             )
             if started.returncode == 0:
                 break
             found = ["half made"]
-            if "port is already allocated" not in started.stderr and "address already in use" not in started.stderr:
+            if not port_clash(started.stderr):
                 engine.docker("rm", "--force", container, check=False)
                 raise SimError(f"the {name} did not start: {started.stderr.strip()}")
             write_json(PORTS, {**ports(), name: free_port(ports().values())})
@@ -140,7 +148,7 @@ def _await(engine: Engine, name: str) -> None:
             raise SimError(f"the {name} ended at its start:\n{(logs.stdout + logs.stderr).strip()}")
         return http_answers(url(name) + ("/v2/" if name == "registry" else "/"))
 
-    wait_for(ready, 30, f"the {name}")
+    wait_for(ready, 120, f"the {name}")
 
 
 def control(name: str, action: str, host: str | None = None) -> None:
@@ -215,6 +223,5 @@ def stop_all() -> None:
 
 def state(engine: Engine | None) -> dict[str, Any]:
     """What `sim status --json` says of the services."""
-    return {
-        name: {"running": engine is not None and engine.running(object_name(name)), "url": url(name)} for name in SERVICES
-    }
+    runs = {name: engine is not None and engine.running(object_name(name)) for name in SERVICES}
+    return {name: {"running": runs[name], "url": url(name)} for name in SERVICES}

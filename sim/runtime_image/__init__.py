@@ -19,10 +19,13 @@ from sim import images
 from sim.common import (
     CACHE,
     FACTS,
+    KIND,
+    LABEL,
+    REPOSITORY,
     SimError,
-
     lock,
     need_space,
+    prefix,
     program,
     read_json,
     run,
@@ -37,7 +40,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY_NAME = "reap-runtime-sim"
 VLLM = "0.32.0"
 
-PACKAGES = ["python3", "ca-certificates"]
+PACKAGES = ["python3", "ca-certificates", "libnuma1"]
 # Free space for pip's downloads, the unpacked folder and the compressed layers, in GiB.
 NEEDS_GIB = 7.0
 
@@ -53,11 +56,12 @@ PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (5, 12, 17, 24, 26, 27, 
 PLATFORMS += ["manylinux1_x86_64", "manylinux2010_x86_64", "manylinux2014_x86_64"]
 
 # Not imported by serving: what only compiles, tests or documents.
-TRIM = (
+_TRIM_PATTERNS = (
     "torch/test torch/include torch/share torch/bin/protoc* torch/bin/test_* torch/lib/*_test.so torch/lib/*.a "
     "torch/lib/libaoti_custom_ops.so torch/lib/libbackend_with_compiler.so caffe2 share opt bin "
     "**/tests **/*.pyi **/*.a"
-).split()
+)
+TRIM = _TRIM_PATTERNS.split()
 # `tests` folders that are imported all the same.
 KEEP = ("torch/testing", "numpy/testing")
 
@@ -73,6 +77,18 @@ from vllm.entrypoints.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())
+"""
+
+
+# Run in the image before it is sent: fails where a library is missing that serving loads.
+SELF_CHECK = """\
+import torch
+from vllm.platforms import current_platform
+
+current_platform.import_kernels()
+if not current_platform.is_cpu() or not hasattr(torch.ops._C, "init_cpu_memory_env"):
+    raise SystemExit("vLLM's kernels for this CPU did not load")
+import vllm.entrypoints.openai.api_server
 """
 
 
@@ -107,14 +123,13 @@ def requirements_for(lock_text: str, python: tuple[int, int]) -> str:
 
 def find_pip() -> list[str]:
     """A command that runs pip: this Python's, the repository's, or one made for the purpose."""
-    local = CACHE / "pip" / "bin" / "python"
-    for python in (sys.executable, images.REPOSITORY / ".venv/bin/python", local):
-        if run([python, "-m", "pip", "--version"], check=False).returncode == 0 if Path(python).exists() else False:
+    made = CACHE / "pip/bin/python"
+    for python in (Path(sys.executable), REPOSITORY / ".venv/bin/python", made):
+        if python.exists() and run([python, "-m", "pip", "--version"], check=False).returncode == 0:
             return [str(python), "-m", "pip"]
-    made = run([sys.executable, "-m", "venv", "--clear", CACHE / "pip"], check=False)
-    if made.returncode:
+    if run([sys.executable, "-m", "venv", "--clear", CACHE / "pip"], check=False).returncode:
         raise SimError(f"no pip found, and `{sys.executable} -m venv` failed: install the package python3-venv")
-    return [str(local), "-m", "pip"]
+    return [str(made), "-m", "pip"]
 
 
 def ensure(engine: Engine, registry_url: str) -> None:
@@ -138,11 +153,13 @@ def _make(engine: Engine, work: Path, registry_url: str, content: str) -> None:
     base = work / "base.tar"
     with step("runtime image: distribution packages"):
         _base(base)
-    image = f"{images.prefix()}/runtime-base:{content[:12]}"
-    labels = ["--change", f'LABEL {images.LABEL}="{CACHE}"', "--change", f"LABEL {images.KIND}=runtime-base"]
+    image = f"{prefix()}/runtime-base:{content[:12]}"
+    labels = ["--change", f'LABEL {LABEL}="{CACHE}"', "--change", f"LABEL {KIND}=runtime-base"]
     engine.docker("import", *labels, base, image)
     try:
-        inside = ["run", "--rm", "--network=none", f"--label={images.LABEL}={CACHE}", f"--label={images.KIND}=build"]
+        # As this user, so that what it writes can be removed by this user.
+        inside = ["run", "--rm", "--network=none", f"--user={os.getuid()}:{os.getgid()}"]
+        inside += [f"--label={LABEL}={CACHE}", f"--label={KIND}=build"]
         version = engine.output(*inside, image, "python3", "-c", "import sys; print(*sys.version_info[:2])").split()
         python = (int(version[0]), int(version[1]))
         packages = work / "layer" / f"usr/local/lib/python{python[0]}.{python[1]}/dist-packages"
@@ -163,6 +180,9 @@ def _make(engine: Engine, work: Path, registry_url: str, content: str) -> None:
             # -s and -p: the compiled files name the path that the sources will have in the image.
             compile_all = ["python3", "-m", "compileall", "-q", "-j", "2", "-s", "/layer", "-p", "/", target]
             engine.docker(*inside, mount, image, *compile_all, check=False)
+        with step("runtime image: checking that vLLM loads"):
+            local = f"--mount=type=bind,src={work / 'layer/usr/local'},dst=/usr/local,readonly"
+            engine.docker(*inside, local, image, "python3", "-c", SELF_CHECK)
     finally:
         engine.docker("rmi", "--force", image, check=False)
     with step("runtime image: compressing and sending to the registry"):
@@ -250,5 +270,3 @@ def _strip(packages: Path) -> None:
 def _set_times(folder: Path) -> None:
     for path in folder.rglob("*"):
         os.utime(path, (EPOCH, EPOCH), follow_symlinks=False)
-
-

@@ -49,7 +49,7 @@ class _Digesting:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: `path` is its compressed archive, `digest` and `size` (bytes) are of that, `diff_id` is the archive's."""
+    """One layer: `path` is its compressed archive, with its `digest` and `size` in bytes; `diff_id` is the plain one's."""
 
     path: Path
     digest: str
@@ -68,7 +68,7 @@ class Layer:
         """A layer out of the files below `folder`: sorted, owned by root, with `epoch` (seconds) as their time."""
         with target.open("wb") as stream:
             packed = _Digesting(stream)
-            with gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=GZIP_LEVEL, mtime=0) as zipped:  # type: ignore[arg-type]
+            with gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=GZIP_LEVEL, mtime=0) as zipped:
                 plain = _Digesting(zipped)  # type: ignore[arg-type]
                 with tarfile.open(mode="w|", fileobj=plain, format=tarfile.PAX_FORMAT, bufsize=1 << 20) as archive:  # type: ignore[call-overload]
                     for path in sorted(folder.rglob("*")):
@@ -79,7 +79,7 @@ class Layer:
     def _compress(cls, chunks: Iterator[bytes], target: Path) -> Layer:
         with target.open("wb") as stream:
             packed = _Digesting(stream)
-            with gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=GZIP_LEVEL, mtime=0) as zipped:  # type: ignore[arg-type]
+            with gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=GZIP_LEVEL, mtime=0) as zipped:
                 plain = _Digesting(zipped)  # type: ignore[arg-type]
                 for chunk in chunks:
                     plain.write(chunk)
