@@ -30,8 +30,9 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 CACHE = REPOSITORY / ".cache" / "packages"
 
-# glibc versions for which vLLM's wheels were built, x86_64 only: the Python files are the same on aarch64.
-PLATFORMS = ("manylinux_2_35_x86_64", "manylinux_2_31_x86_64", "manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "any")
+# x86_64 only: the Python files are the same on aarch64. The tags are those that the wheels used here carry.
+_TAGS = ("2_35", "2_31", "2_28", "2_27", "2_24", "2_17")
+PLATFORMS = (*(f"manylinux_{tag}_x86_64" for tag in _TAGS), "manylinux2014_x86_64", "any")
 
 
 class PublishedError(Exception):
