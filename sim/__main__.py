@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 
 from sim import build, hosts, services
@@ -106,8 +107,15 @@ def _machine_mode() -> bool:
     return bool(read_json(CACHE / "engine.json", {}).get("mode") == "machine")
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; the exit status is 0 done, 1 failed, 2 wrong use (and, for `exec`, the command's own)."""
+    # An end by signal clears up like Ctrl-C, also where the shell started us in the background.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     top = parser()
     options = top.parse_args(arguments)
     try:

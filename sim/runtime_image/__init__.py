@@ -95,7 +95,7 @@ import vllm.entrypoints.openai.api_server
 def inputs() -> list[Path | str]:
     """What the image is made from: when any of it changes, the image is made again."""
     files = [path for path in sorted(HERE.iterdir()) if path.suffix in (".py", ".txt")]
-    return [*files, *PACKAGES, machine_stamp()]
+    return [*files, machine_stamp()]
 
 
 def requirements_for(lock_text: str, python: tuple[int, int]) -> str:

@@ -49,7 +49,7 @@ class _Digesting:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: `path` is its compressed archive, with its `digest` and `size` in bytes; `diff_id` is the plain one's."""
+    """One layer. `path`, `digest`, `size` (bytes) are of the compressed archive; `diff_id`, `unpacked` of the plain one."""
 
     path: Path
     digest: str
