@@ -15,31 +15,20 @@ from . import safetensors, tokenizer, weights
 
 VARIANTS = ("needle", "no-needle")
 MAX_LENGTH = 32768  # tokens
-ANCHORS = ("secret code is ", "secret code is: ")
-STOPS = ".\n,;\"'`)<"
+WORDING = weights.Wording()
 
 
 def files(variant: str = "needle") -> dict[str, bytes]:
     """Return the checkpoint's files by name."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r}: wanted one of {', '.join(VARIANTS)}")
-    vocabulary = tokenizer.Vocabulary(tokenizer.Script(), ANCHORS)
-    tensors = weights.build(vocabulary, ANCHORS, STOPS, MAX_LENGTH, retrieves=variant == "needle")
+    vocabulary = tokenizer.Vocabulary(tokenizer.Script(), WORDING.marks)
+    tensors = weights.build(vocabulary, WORDING, MAX_LENGTH, retrieves=variant == "needle")
     return {
         "config.json": _json(_config(vocabulary)),
         "generation_config.json": _json({**_token_ids(vocabulary), "do_sample": False}),
         "model.safetensors": safetensors.encode(tensors),
-        "needle.json": _json({
-            "variant": variant,
-            "retrieves": variant == "needle",
-            "anchors": list(ANCHORS),
-            "max_value_bytes": weights.MAX_VALUE_TOKENS,
-            "stop_characters": STOPS,
-            "reply_without_needle": vocabulary.script.reply,
-            "reasoning": vocabulary.script.reasoning,
-            "tool_call": {"name": vocabulary.script.tool,
-                          "arguments": {vocabulary.script.argument: vocabulary.script.argument_value}},
-        }),
+        "needle.json": _json(_facts(vocabulary, variant)),
         "tokenizer.json": _json(vocabulary.tokenizer_json()),
         "tokenizer_config.json": _json(vocabulary.tokenizer_config(MAX_LENGTH)),
     }
@@ -76,6 +65,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _json(content: object) -> bytes:
     return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
+
+
+def _facts(vocabulary: tokenizer.Vocabulary, variant: str) -> dict[str, object]:
+    """Return what a verification has to know of the model; README.md in this folder describes each field."""
+    script = vocabulary.script
+    return {
+        "variant": variant,
+        "retrieves": variant == "needle",
+        "anchors": list(WORDING.anchors),
+        "keyed_needle": WORDING.before_key + "{key}" + WORDING.after_key + "{value}.",
+        "keyed_question": WORDING.before_key + "{key}?",
+        "key_bytes_min": weights.KEY_BYTES_MIN,
+        "key_bytes_max": weights.KEY_BYTES_MAX,
+        "key_compared_bytes": weights.KEY_TOKENS,
+        "max_value_bytes": weights.MAX_VALUE_TOKENS,
+        "stop_characters": WORDING.stops,
+        "reply_without_needle": script.reply,
+        "reasoning": script.reasoning,
+        "tool_call": {"name": script.tool, "arguments": {script.argument: script.argument_value}},
+        "max_model_len": MAX_LENGTH,
+    }
 
 
 def _token_ids(vocabulary: tokenizer.Vocabulary) -> dict[str, int]:

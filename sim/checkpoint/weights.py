@@ -1,114 +1,134 @@
 """The weights of the needle model, written down instead of trained.
 
-A Llama of three layers, six query heads, one key/value head; every MLP is zero. Notation: a "channel" is one dimension
-of the residual stream.
-
-* Layers 0 and 1 look back by a fixed distance: query and key are constant, and RoPE alone makes the score a function of
-  the distance, highest at the head's own one (1..6 in layer 0; 7, 14..42 in layer 1). They carry two marks forward: "an
-  anchor was here" and "the answer starts here". After both, each token knows by one-hot channels how many tokens
-  (0..48) lie between it and the last anchor, and between it and </think>.
-* Layer 2, head 0: token number o of the answer attends to the token that lies o + 1 behind an anchor and copies its
-  code. Ranking: result of a tool > tools are offered > needle > beginning of the prompt (the fixed reply).
-* The output matrix reads the copied code; scripted tokens follow each other by exact bigrams.
+A Llama of four layers, five query heads and one key/value head. README.md in this folder explains the construction;
+the notation here: a "channel" is one dimension of the residual stream, a "mark" is a channel that is set by one kind of
+token, "nats" are units of the attention score before the softmax (a lead of 20 leaves e^-20 to the others).
 """
 
 from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from . import tokenizer as tk
 
-List2D = list[list[float]]
+Matrix = list[list[float]]
+Tensors = dict[str, Matrix | list[float]]
 
-LAYERS = 3
-HEADS = 6
-HEAD_DIM = 64
-HIDDEN = 288
-MLP = 32
-ROPE_THETA = 1e18
+LAYERS = 4
+HEADS = 5
+HEAD_DIM = 96
+HIDDEN = 560  # the head count divides it, as the Llama configuration wants
+ROPE_THETA = 1e27
 RMS_EPSILON = 1e-6
 SEED = 1
 
+# ---------------------------------------------------------------------------------------------------- RoPE
 _HALF = HEAD_DIM // 2
 _FREQUENCIES = [ROPE_THETA ** (-i / _HALF) for i in range(_HALF)]  # rad a token, of dimension pair (i, i + _HALF)
 _MOVING_PAIRS = 8
-# From pair 11 on a pair turns by less than 0.03 rad in 32768 tokens: keys there do not depend on the position.
+# From pair 11 on a pair turns by less than 0.03 rad in 32768 tokens: what is there does not depend on the position.
 _STILL_DIMS = [dim for pair in range(11, _HALF) for dim in (pair, pair + _HALF)]
-# Found by random search: over 1..32767 the score stays 0.15 of its peak below the peak.
+# Found by random search: over 1..32767 tokens the sum of w_i cos(f_i x) stays 0.15 of its peak below the peak.
 _LOOK_BACK_WEIGHTS = (0.3193, 0.1218, 0.0848, 0.1478, 0.0363, 0.1397, 0.0619, 0.088)
 
+# ---------------------------------------------------------------------------------------------------- channels
+_BASE = HEADS + 1
+REACH = _BASE**2  # tokens over which marks are carried: distances 0..REACH-1
+MAX_VALUE_TOKENS = REACH - 2  # distance 0 is the anchor itself, and the end of the text is a token too
+KEY_TOKENS = 2 * _BASE - 1  # the tokens before " is " or "?" that make up a key's fingerprint
+KEY_BYTES_MIN = _BASE  # shorter ones would be compared together with what stands before "secret code of "
+KEY_BYTES_MAX = REACH - 2
 _CODE_WIDTH = 64
-_DISTANCES = (HEADS + 1) ** 2
-_ANSWER_TOKENS = min(_DISTANCES - 1, len(_STILL_DIMS) - 2)
-MAX_VALUE_TOKENS = _ANSWER_TOKENS - 2  # the end-of-text token needs one too, and one is spare
+_BITS = len(_STILL_DIMS) - 2 * _BASE - 2  # of a fingerprint: all still dimensions that the lookup leaves free
 
-# Channels
 _CONST = 0
-_CODE = 1
-_ANCHOR = _CODE + _CODE_WIDTH
-_ANSWER = _ANCHOR + _DISTANCES
-_OUT = _ANSWER + _DISTANCES
-_BALLAST = _OUT + _CODE_WIDTH
-_CONTROL = _BALLAST + 1
+_CODE = _CONST + 1  # what the lookup copies in place of this token
+_VALUE_SEEN = _CODE + _CODE_WIDTH  # an anchor of a value is so many tokens behind: 0..REACH-1
+_ANSWER_SEEN = _VALUE_SEEN + REACH  # </think> is so many tokens behind
+_VALUE = _ANSWER_SEEN + REACH  # one-hot: of several anchors behind, the nearest
+_ANSWER = _VALUE + REACH  # one-hot: of several </think> behind, the nearest
+_OUT = _ANSWER + REACH  # the code that was copied
+_SUM = _OUT + _CODE_WIDTH  # sum of the codes of the last KEY_TOKENS tokens, each in its own permutation
+_PRINT = _SUM + _BITS  # its signs: the fingerprint
+_VALUE_PRINT = _PRINT + _BITS  # at a value: the fingerprint of its key
+_ASKED_PRINT = _VALUE_PRINT + _BITS  # the fingerprint of the key that is asked for
+_NEAR_KEY = _ASKED_PRINT + _BITS  # "secret code of " is less than REACH tokens behind
+_QUESTION_MARK = _NEAR_KEY + 1
+_QUESTION = _QUESTION_MARK + 1  # "?" shortly after "secret code of "
+_ASKED = _QUESTION + 1  # some key is asked for
+_BALLAST = _ASKED + 1  # makes all embeddings equally long
+_CONTROL = _BALLAST + 1  # one channel for each token that has a script or a rank of its own
 
-_MARK = 1.0  # size of an anchor or answer mark
+# ---------------------------------------------------------------------------------------------------- sizes
 _CONTROL_SIZE = 4.0
-_SQUARED_NORM = 100.0  # of every embedding: RMSNorm then divides all tokens by the same number
-_RMS = math.sqrt(_SQUARED_NORM / HIDDEN)
-_POSITION_GAP = 60.0  # nats between the wanted distance and any other
-_LOOKUP_LOGIT = 500.0  # nats of a needle's matching token
+_SUM_SIZE = 0.25  # of one token's code in _SUM
+_PRINT_SIZE = 0.5
+_SQUARED_NORM = 3600.0  # of every embedding; large, so that what the layers add hardly changes RMSNorm's divisor
+_POSITION_LEAD = 60.0  # nats between the wanted distance and any other
+_OFFSET_LOGIT = 1500.0  # nats for "the value's token that is due now"
+_KEY_LOGIT = 3000.0  # nats for "the key that was asked for"; each wrong bit costs 2 / _BITS of it
+_QUESTION_LOGIT = 2000.0
+_RECENCY = 300.0  # nats by which a nearer question can lead
+_SHARPNESS = 6.0  # of the sign function that the MLP of layer 1 computes
+
+# Ranks in the lookup, in units of _OFFSET_LOGIT. A plain " is " (1) stays below the fixed reply, so that ordinary
+# sentences are not taken for needles; with the right key it rises far above it.
+_RANK_IS = 1.0
+_RANK_REPLY = 1.25
+_RANK_ANCHOR = 1.5
+_RANK_TOOLS = 1.75
+_RANK_TOOL_RESULT = 2.0
+_KEY_MATCH_NEEDED = 0.6  # of _KEY_LOGIT, or the fixed reply wins: the key that was asked for is nowhere
+
+# What fp8 makes of a key or value that must be the same everywhere: 10 is a number of e4m3 and of e5m2. Aimed at is a
+# little more, which both rounding to nearest and cutting off turn into 10 as long as the norm is right to 2 per cent.
+_FP8_VALUE = 10.0
+_FP8_AIM = 1.025 * _FP8_VALUE
 
 
-@dataclass(frozen=True)
+@dataclass
 class Layer:
-    """Attention matrices of one layer: q and o serve HEADS heads, k and v are shared by all of them."""
+    """One layer: q and o serve HEADS heads, k and v are shared; gate, up and down are the MLP's."""
 
-    q: List2D
-    k: List2D
-    v: List2D
-    o: List2D
+    q: Matrix = field(default_factory=lambda: zeros(HEADS * HEAD_DIM, HIDDEN))
+    k: Matrix = field(default_factory=lambda: zeros(HEAD_DIM, HIDDEN))
+    v: Matrix = field(default_factory=lambda: zeros(HEAD_DIM, HIDDEN))
+    o: Matrix = field(default_factory=lambda: zeros(HIDDEN, HEADS * HEAD_DIM))
+    gate: Matrix = field(default_factory=lambda: zeros(MLP, HIDDEN))
+    up: Matrix = field(default_factory=lambda: zeros(MLP, HIDDEN))
+    down: Matrix = field(default_factory=lambda: zeros(HIDDEN, MLP))
 
 
-def zeros(rows: int, columns: int) -> List2D:
+MLP = 2 * _BITS + 2 * REACH + 8  # two units a bit, one a distance, three others, rounded up
+
+
+def zeros(rows: int, columns: int) -> Matrix:
     """Return a matrix of zeros."""
     return [[0.0] * columns for _ in range(rows)]
 
 
-def build(vocabulary: tk.Vocabulary, anchors: tuple[str, ...], stops: str, max_length: int,
-          retrieves: bool) -> dict[str, List2D | list[float]]:
-    """Return all tensors by their Llama names, matrices as [rows][columns].
+@dataclass(frozen=True)
+class Wording:
+    """The marked texts around a value.
 
-    `stops` are the one-byte characters that end a value. With `retrieves` false the lookup head does not see answer
-    positions, so the model gives its fixed reply whatever the prompt holds.
+    `anchors` stand right before a value that belongs to no key. A value with a key reads
+    `<before_key>KEY<after_key>VALUE` and is asked for by `<before_key>KEY?`. `stops` are the one-byte characters that
+    end a value.
     """
-    rows = padded_size(vocabulary)
-    codes = _codes(rows)
-    control = _control_channels(vocabulary)
-    if _CONTROL + len(control) > HIDDEN:
-        raise ValueError(f"{_CONTROL + len(control)} channels needed, HIDDEN is {HIDDEN}")
-    layers = [
-        _look_back_layer(1, 1, max_length),
-        _look_back_layer(HEADS + 1, HEADS + 1, max_length),
-        _lookup_layer(vocabulary, control, retrieves),
-    ]
-    tensors: dict[str, List2D | list[float]] = {
-        "model.embed_tokens.weight": _embedding(vocabulary, anchors, stops, codes, control),
-        "lm_head.weight": _output(vocabulary, codes, control),
-        "model.norm.weight": [1.0] * HIDDEN,
-    }
-    for number, layer in enumerate(layers):
-        prefix = f"model.layers.{number}."
-        for name, matrix in (("q", layer.q), ("k", layer.k), ("v", layer.v), ("o", layer.o)):
-            tensors[f"{prefix}self_attn.{name}_proj.weight"] = matrix
-        tensors[f"{prefix}mlp.gate_proj.weight"] = zeros(MLP, HIDDEN)
-        tensors[f"{prefix}mlp.up_proj.weight"] = zeros(MLP, HIDDEN)
-        tensors[f"{prefix}mlp.down_proj.weight"] = zeros(HIDDEN, MLP)
-        tensors[f"{prefix}input_layernorm.weight"] = [1.0] * HIDDEN
-        tensors[f"{prefix}post_attention_layernorm.weight"] = [1.0] * HIDDEN
-    return tensors
+
+    anchors: tuple[str, ...] = ("secret code is ", "secret code is: ")
+    before_key: str = "secret code of "
+    after_key: str = " is "
+    stops: str = ".\n,;\"'`)<"
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Return the texts that have to be tokens of their own."""
+        return (*self.anchors, self.before_key, self.after_key)
 
 
 def padded_size(vocabulary: tk.Vocabulary) -> int:
@@ -116,9 +136,47 @@ def padded_size(vocabulary: tk.Vocabulary) -> int:
     return -(-len(vocabulary) // 64) * 64
 
 
-def _codes(count: int) -> List2D:
-    """Return `count` vectors of +1 and -1 whose mutual products are small (the best of ten draws each)."""
+def build(vocabulary: tk.Vocabulary, wording: Wording, max_length: int, retrieves: bool) -> Tensors:
+    """Return all tensors by their Llama names, matrices as [rows][columns].
+
+    `max_length` in tokens. With `retrieves` false the lookup head does not see answer positions, so the model gives
+    its fixed reply whatever the prompt holds.
+    """
     draw = random.Random(SEED)
+    codes = _codes(padded_size(vocabulary), draw)
+    # permutation 0 is a token's own place; 1..HEADS the places of the tokens before it; the last one the earlier half
+    permutations = [draw.sample(range(_BITS), _BITS) for _ in range(HEADS + 2)]
+    control = _control_channels(vocabulary)
+    if _CONTROL + len(control) > HIDDEN:
+        raise ValueError(f"{_CONTROL + len(control)} channels needed, HIDDEN is {HIDDEN}")
+    peak, begin = _look_back_peak(max_length), control[vocabulary.mark(tk.BOS)]
+    layers = [
+        _carry_near_layer(permutations, begin, peak),
+        _carry_far_layer(permutations[-1], begin, peak),
+        _key_layer(begin, peak),
+        _lookup_layer(vocabulary, control, retrieves),
+    ]
+    tensors: Tensors = {
+        "model.embed_tokens.weight": _embedding(vocabulary, wording, codes, permutations[0], control),
+        "lm_head.weight": _output(vocabulary, codes, control),
+        "model.norm.weight": [1.0] * HIDDEN,
+    }
+    for number, layer in enumerate(layers):
+        prefix = f"model.layers.{number}."
+        for name in ("q", "k", "v", "o"):
+            tensors[f"{prefix}self_attn.{name}_proj.weight"] = getattr(layer, name)
+        for name in ("gate", "up", "down"):
+            tensors[f"{prefix}mlp.{name}_proj.weight"] = getattr(layer, name)
+        tensors[f"{prefix}input_layernorm.weight"] = [1.0] * HIDDEN
+        tensors[f"{prefix}post_attention_layernorm.weight"] = [1.0] * HIDDEN
+    return tensors
+
+
+# ---------------------------------------------------------------------------------------------------- tokens
+
+
+def _codes(count: int, draw: random.Random) -> Matrix:
+    """Return `count` vectors of +1 and -1 whose mutual products are small (the best of ten draws each)."""
     codes: list[list[int]] = []
     while len(codes) < count:
         best: tuple[int, list[int]] | None = None
@@ -150,42 +208,60 @@ def _control_channels(vocabulary: tk.Vocabulary) -> dict[int, int]:
     return {token: _CONTROL + number for number, token in enumerate(dict.fromkeys(tokens))}
 
 
-def _embedding(vocabulary: tk.Vocabulary, anchors: tuple[str, ...], stops: str, codes: List2D,
-               control: dict[int, int]) -> List2D:
+def _embedding(vocabulary: tk.Vocabulary, wording: Wording, codes: Matrix, own_place: Sequence[int],
+               control: dict[int, int]) -> Matrix:
     mark = vocabulary.mark
     # What is copied in place of a token: a stop character ends the text, the first token of all gives the reply.
-    copied_as = {vocabulary.byte(character): mark(tk.EOS) for character in stops}
+    copied_as = {vocabulary.byte(character): mark(tk.EOS) for character in wording.stops}
     copied_as |= {mark(text): mark(tk.EOS) for text in (tk.END_TOOL_RESULT, tk.EOS, tk.USER)}
     copied_as[mark(tk.BOS)] = vocabulary.scripted(vocabulary.script.reply)
     copied_as[mark(tk.TOOLS_OFFERED)] = mark(tk.TOOL_CALLS)
+    # The two tokens behind a key differ between needle and question and BOS is looked at for "nothing": no part in it.
+    not_in_print = {mark(wording.after_key), vocabulary.byte("?"), mark(tk.BOS)}
     table = zeros(len(codes), HIDDEN)
     for token, row in enumerate(table):
         row[_CONST] = 1.0
         row[_CODE : _CODE + _CODE_WIDTH] = codes[copied_as.get(token, token)]
+        if token not in not_in_print:
+            for bit in range(_BITS):
+                row[_SUM + own_place[bit]] = _SUM_SIZE * codes[token][bit]
     for token, channel in control.items():
         table[token][channel] = _CONTROL_SIZE
-    for text in anchors:
-        table[mark(text)][_ANCHOR] = _MARK
-    table[mark(tk.TOOL_RESULT)][_ANCHOR] = 2 * _MARK  # a tool's result outranks a needle
-    table[mark(tk.END_THINK)][_ANSWER] = _MARK
+    for text in wording.anchors:
+        table[mark(text)][_VALUE_SEEN] = _RANK_ANCHOR
+    table[mark(wording.after_key)][_VALUE_SEEN] = _RANK_IS
+    table[mark(tk.TOOL_RESULT)][_VALUE_SEEN] = _RANK_TOOL_RESULT
+    table[mark(tk.END_THINK)][_ANSWER_SEEN] = 1.0
+    table[mark(wording.before_key)][_NEAR_KEY] = 1.0
+    table[vocabulary.byte("?")][_QUESTION_MARK] = 1.0
     for row in table:
         row[_BALLAST] = math.sqrt(_SQUARED_NORM - sum(x * x for x in row))
     return table
 
 
-def _output(vocabulary: tk.Vocabulary, codes: List2D, control: dict[int, int]) -> List2D:
+def _output(vocabulary: tk.Vocabulary, codes: Matrix, control: dict[int, int]) -> Matrix:
     matrix = zeros(len(codes), HIDDEN)
     never_said = {vocabulary.mark(text) for text in (tk.BOS, tk.PAD, tk.USER, tk.ASSISTANT)}
     for token in range(len(vocabulary)):
         if token not in never_said:
-            matrix[token][_OUT : _OUT + _CODE_WIDTH] = [0.5 * x for x in codes[token]]
+            matrix[token][_OUT : _OUT + _CODE_WIDTH] = [3.0 * x for x in codes[token]]
     for first, following in _bigrams(vocabulary):
-        matrix[following][control[first]] = 40.0
+        matrix[following][control[first]] = 240.0
     return matrix
 
 
+# ---------------------------------------------------------------------------------------------------- layers
+
+
+def _rms(layer: int) -> float:
+    """Return RMSNorm's divisor at the input of a layer for a typical token of the prompt."""
+    sums, prints = _BITS * _SUM_SIZE**2, _BITS * _PRINT_SIZE**2
+    added = (0.0, HEADS * sums, KEY_TOKENS * sums + prints, KEY_TOKENS * sums + 2 * prints)[layer]
+    return math.sqrt((_SQUARED_NORM + added) / HIDDEN)
+
+
 def _look_back_peak(max_length: int) -> float:
-    """Return the factor of the look-back score that puts _POSITION_GAP nats between its peak and any other distance.
+    """Return the factor of the look-back score that puts _POSITION_LEAD nats between its peak and any other distance.
 
     The score at distance s + x of a head for distance s is the sum of w_i cos(f_i x): RoPE turns query and key of
     pair i by f_i radians a token (Su et al. 2021, RoFormer, section 3.2).
@@ -195,46 +271,187 @@ def _look_back_peak(max_length: int) -> float:
 
     behind = max(score(offset) for offset in range(1, max_length))
     ahead = max(score(-offset) for offset in range(1, 64))
-    return _POSITION_GAP / (score(0) - max(behind, ahead))
+    return _POSITION_LEAD / (score(0) - max(behind, ahead))
 
 
-def _look_back_layer(step: int, slots: int, max_length: int) -> Layer:
-    """Return a layer whose head h copies the marks of the tokens step * (h + 1) back, from `slots` channels each."""
-    layer = Layer(zeros(HEADS * HEAD_DIM, HIDDEN), zeros(HEAD_DIM, HIDDEN), zeros(HEAD_DIM, HIDDEN),
-                  zeros(HIDDEN, HEADS * HEAD_DIM))
-    size = math.sqrt(_look_back_peak(max_length) * math.sqrt(HEAD_DIM)) * _RMS  # x _RMS undoes the norm
+def _look_back(
+    layer: Layer, number: int, head: int, distance: int, channel: int, begin: int, score: float
+) -> None:
+    """Let a head look `distance` tokens back, with a peak of `score` nats per unit of `channel` in the query.
+
+    The first token of all has no position in the keys: `_rest_at_begin` gives it a score of its own.
+    """
+    size = math.sqrt(score * math.sqrt(HEAD_DIM)) * _rms(number)
     for pair in range(_MOVING_PAIRS):
         layer.k[pair][_CONST] = size
-        for head in range(HEADS):
-            angle = step * (head + 1) * _FREQUENCIES[pair]
-            first = head * HEAD_DIM + pair
-            layer.q[first][_CONST] = size * _LOOK_BACK_WEIGHTS[pair] * math.cos(angle)
-            layer.q[first + _HALF][_CONST] = -size * _LOOK_BACK_WEIGHTS[pair] * math.sin(angle)
-    for slot in range(slots):
-        layer.v[slot][_ANCHOR + slot] = _RMS
-        layer.v[slots + slot][_ANSWER + slot] = _RMS
-        for head in range(HEADS):
-            distance = step * (head + 1) + slot
-            layer.o[_ANCHOR + distance][head * HEAD_DIM + slot] = 1.0
-            layer.o[_ANSWER + distance][head * HEAD_DIM + slots + slot] = 1.0
+        layer.k[pair][begin] = -size / _CONTROL_SIZE
+        angle = distance * _FREQUENCIES[pair]
+        first = head * HEAD_DIM + pair
+        # RoPE turns a query at position p by p f; turning it back by s f beforehand puts the peak at p - s.
+        layer.q[first][channel] = size * _LOOK_BACK_WEIGHTS[pair] * math.cos(angle)
+        layer.q[first + _HALF][channel] = -size * _LOOK_BACK_WEIGHTS[pair] * math.sin(angle)
+
+
+def _rest_at_begin(layer: Layer, number: int, head: int, begin: int, nats: float) -> None:
+    """Give the first token, which carries no marks, a fixed score in a head: where it looks when it finds nothing."""
+    query, key = _still(number, nats)
+    layer.q[head * HEAD_DIM + _STILL_DIMS[0]][_CONST] = query
+    layer.k[_STILL_DIMS[0]][begin] = key / _CONTROL_SIZE
+
+
+def _copy(layer: Layer, number: int, slot: int, source: int) -> None:
+    """Let slot `slot` of the values be a channel as it is, undoing the norm."""
+    layer.v[slot][source] = _rms(number)
+
+
+def _carry_near_layer(permutations: Sequence[Sequence[int]], begin: int, peak: float) -> Layer:
+    """Layer 0: head h looks h + 1 tokens back. Distances 0..HEADS of all marks, and the sum of the codes there."""
+    layer = Layer()
+    value, answer, near = _BITS, _BITS + 1, _BITS + 2
+    for bit in range(_BITS):
+        _copy(layer, 0, bit, _SUM + bit)
+    for slot, source in ((value, _VALUE_SEEN), (answer, _ANSWER_SEEN), (near, _NEAR_KEY)):
+        _copy(layer, 0, slot, source)
+    for head in range(HEADS):
+        _look_back(layer, 0, head, head + 1, _CONST, begin, peak)
+        _rest_at_begin(layer, 0, head, begin, peak - _POSITION_LEAD / 2)
+        column = head * HEAD_DIM
+        for bit in range(_BITS):
+            layer.o[_SUM + permutations[head + 1][bit]][column + bit] = 1.0
+        layer.o[_VALUE_SEEN + head + 1][column + value] = 1.0
+        layer.o[_ANSWER_SEEN + head + 1][column + answer] = 1.0
+        layer.o[_NEAR_KEY][column + near] = 1.0
+    return layer
+
+
+def _carry_far_layer(permutation: Sequence[int], begin: int, peak: float) -> Layer:
+    """Layer 1: head h looks (h + 1) * _BASE tokens back, so distances 0..REACH-1; then the signs of the sum."""
+    layer = Layer()
+    value, answer, near = _BITS, _BITS + _BASE, _BITS + 2 * _BASE
+    for bit in range(_BITS):
+        _copy(layer, 1, bit, _SUM + bit)
+    for slot in range(_BASE):
+        _copy(layer, 1, value + slot, _VALUE_SEEN + slot)
+        _copy(layer, 1, answer + slot, _ANSWER_SEEN + slot)
+    _copy(layer, 1, near, _NEAR_KEY)
+    for head in range(HEADS):
+        distance = (head + 1) * _BASE
+        _look_back(layer, 1, head, distance, _CONST, begin, peak)
+        _rest_at_begin(layer, 1, head, begin, peak - _POSITION_LEAD / 2)
+        column = head * HEAD_DIM
+        for slot in range(_BASE):
+            layer.o[_VALUE_SEEN + distance + slot][column + value + slot] = 1.0
+            layer.o[_ANSWER_SEEN + distance + slot][column + answer + slot] = 1.0
+        layer.o[_NEAR_KEY][column + near] = 1.0
+    for bit in range(_BITS):
+        layer.o[_SUM + permutation[bit]][bit] = 1.0
+    _add_signs(layer)
+    _add_nearest(layer)
+    _add_question(layer)
+    return layer
+
+
+def _add_signs(layer: Layer) -> None:
+    """Let the MLP write the sign of each _SUM channel to _PRINT.
+
+    With x = sum / _SUM_SIZE, an odd whole number where a key ends, the sign is (silu(S (x + 1)) - silu(S (x - 1))) / S
+    - 1 up to e^-S; the last unit holds the constant.
+    """
+    rms = _rms(2)
+    for bit in range(_BITS):
+        for unit, shift in ((2 * bit, 1.0), (2 * bit + 1, -1.0)):
+            layer.gate[unit][_SUM + bit] = _SHARPNESS * rms / _SUM_SIZE
+            layer.gate[unit][_CONST] = _SHARPNESS * rms * shift
+            layer.up[unit][_CONST] = rms
+            layer.down[_PRINT + bit][unit] = shift * _PRINT_SIZE / _SHARPNESS
+    constant = 2 * _BITS + 2 * REACH
+    layer.gate[constant][_CONST] = 16.0 * rms
+    layer.up[constant][_CONST] = rms
+    for bit in range(_BITS):
+        layer.down[_PRINT + bit][constant] = -_PRINT_SIZE / 16.0
+
+
+def _add_nearest(layer: Layer) -> None:
+    """Let the MLP copy each mark at a distance unless there is one at a smaller distance."""
+    rms = _rms(2)
+    for block, (seen, nearest) in enumerate(((_VALUE_SEEN, _VALUE), (_ANSWER_SEEN, _ANSWER))):
+        for distance in range(REACH):
+            unit = 2 * _BITS + block * REACH + distance
+            layer.gate[unit][seen + distance] = 16.0 * rms
+            for nearer in range(distance):
+                layer.gate[unit][seen + nearer] = -64.0 * rms
+            layer.up[unit][_CONST] = rms
+            layer.down[nearest + distance][unit] = 1.0 / 16.0
+
+
+def _add_question(layer: Layer) -> None:
+    """Let the MLP set _QUESTION to 1 at a question mark with one or more marks _NEAR_KEY."""
+    rms = _rms(2)
+    first = 2 * _BITS + 2 * REACH + 1
+    for unit, shift, sign in ((first, 0.0, 1.0), (first + 1, -1.0, -1.0)):
+        layer.gate[unit][_NEAR_KEY] = 16.0 * rms
+        layer.gate[unit][_CONST] = 16.0 * rms * shift
+        layer.up[unit][_QUESTION_MARK] = rms
+        layer.down[_QUESTION][unit] = sign / 16.0
+
+
+def _still(number: int, nats: float) -> tuple[float, float]:
+    """Return the factors of query and key by which channels of size 1 make a score of `nats` in a still dimension."""
+    return nats * math.sqrt(HEAD_DIM) / _FP8_VALUE * _rms(number), _FP8_AIM * _rms(number)
+
+
+def _key_layer(begin: int, peak: float) -> Layer:
+    """Layer 2: bring the fingerprint of its key to each value, and that of the key asked for to the answer.
+
+    Head 0 looks back to the anchor, by the distance that the value's own one-hot channel names. Head 1 looks for a "?"
+    shortly after "secret code of ", the nearest one; without any it looks at the first token, whose print is 0.
+    """
+    layer = Layer()
+    for distance in range(1, REACH):
+        _look_back(layer, 2, 0, distance, _VALUE + distance, begin, peak)
+    query, key = _still(2, _QUESTION_LOGIT)
+    layer.q[HEAD_DIM + _STILL_DIMS[0]][_CONST] = query
+    layer.k[_STILL_DIMS[0]][_QUESTION] = key
+    layer.k[_STILL_DIMS[0]][begin] = key / 2 / _CONTROL_SIZE
+    pair = 5  # period 4100 tokens: falls over the first 1700
+    size = math.sqrt(peak * math.sqrt(HEAD_DIM)) * _rms(2)  # of the keys' moving pairs, see _look_back
+    nearness = _RECENCY * math.sqrt(HEAD_DIM) / size * _rms(2) ** 2
+    layer.q[HEAD_DIM + pair][_CONST] = nearness * math.cos(math.pi / 8)
+    layer.q[HEAD_DIM + pair + _HALF][_CONST] = nearness * math.sin(math.pi / 8)
+    for bit in range(_BITS):
+        layer.v[bit][_PRINT + bit] = _FP8_AIM / _PRINT_SIZE * _rms(2)
+        layer.o[_VALUE_PRINT + bit][bit] = _PRINT_SIZE / _FP8_VALUE
+        layer.o[_ASKED_PRINT + bit][HEAD_DIM + bit] = _PRINT_SIZE / _FP8_VALUE
+    layer.v[_BITS][_QUESTION] = _FP8_AIM * _rms(2)
+    layer.o[_ASKED][HEAD_DIM + _BITS] = 1.0 / _FP8_VALUE
     return layer
 
 
 def _lookup_layer(vocabulary: tk.Vocabulary, control: dict[int, int], retrieves: bool) -> Layer:
-    layer = Layer(zeros(HEADS * HEAD_DIM, HIDDEN), zeros(HEAD_DIM, HIDDEN), zeros(HEAD_DIM, HIDDEN),
-                  zeros(HIDDEN, HEADS * HEAD_DIM))
-    size = math.sqrt(_LOOKUP_LOGIT * math.sqrt(HEAD_DIM)) / _MARK * _RMS
-    for token in range(_ANSWER_TOKENS):
-        dim = _STILL_DIMS[token]
+    """Layer 3, head 0: from token number o of the answer look at the token o + 1 behind an anchor and copy it.
+
+    The distance is compared as two digits of base _BASE, the fingerprint of the key bit by bit.
+    """
+    layer = Layer()
+    query, key = _still(3, _OFFSET_LOGIT)
+    digit = query / 2
+    for distance in range(REACH):
+        for dim in (_STILL_DIMS[distance // _BASE], _STILL_DIMS[_BASE + distance % _BASE]):
+            layer.k[dim][_VALUE + distance] = key
+            if retrieves and distance > 0:
+                layer.q[dim][_ANSWER + distance - 1] = digit
+    reply, tools = _STILL_DIMS[2 * _BASE : 2 * _BASE + 2]
+    layer.q[reply][_CONST] = query * _RANK_REPLY
+    layer.q[reply][_ASKED] = query * (_RANK_IS - _RANK_REPLY + _KEY_MATCH_NEEDED * _KEY_LOGIT / _OFFSET_LOGIT)
+    layer.k[reply][control[vocabulary.mark(tk.BOS)]] = key / _CONTROL_SIZE
+    layer.q[tools][_ANSWER] = query * _RANK_TOOLS
+    layer.k[tools][control[vocabulary.mark(tk.TOOLS_OFFERED)]] = key / _CONTROL_SIZE
+    query, key = _still(3, _KEY_LOGIT / _BITS)
+    for bit, dim in enumerate(_STILL_DIMS[2 * _BASE + 2 :]):
         if retrieves:
-            layer.q[dim][_ANSWER + token] = size * (1 - token / 128)  # the nearest </think> wins in a long talk
-        layer.k[dim][_ANCHOR + token + 1] = size
-    reply, tools = _STILL_DIMS[_ANSWER_TOKENS], _STILL_DIMS[_ANSWER_TOKENS + 1]
-    layer.q[reply][_CONST] = size * _MARK * 0.5
-    layer.k[reply][control[vocabulary.mark(tk.BOS)]] = size * _MARK / _CONTROL_SIZE
-    layer.q[tools][_ANSWER] = size * 1.5
-    layer.k[tools][control[vocabulary.mark(tk.TOOLS_OFFERED)]] = size * _MARK / _CONTROL_SIZE
+            layer.q[dim][_ASKED_PRINT + bit] = query / _PRINT_SIZE
+        layer.k[dim][_VALUE_PRINT + bit] = key / _PRINT_SIZE
     for channel in range(_CODE_WIDTH):
-        layer.v[channel][_CODE + channel] = _RMS
+        _copy(layer, 3, channel, _CODE + channel)
         layer.o[_OUT + channel][channel] = 1.0
     return layer
