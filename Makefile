@@ -89,6 +89,18 @@ unit: $(VENV)/.dev ## Unit tests
 molecule: $(VENV)/.dev ## Molecule scenarios: SCENARIOS="spark_host verify" for some of them
 	@for scenario in $(SCENARIOS); do $(BIN)/molecule test -s $$scenario || exit 1; done
 
+# --- a CUDA GPU -------------------------------------------------------------------------------------------------
+
+.PHONY: gpu-proof-fetch
+gpu-proof-fetch: $(VENV)/.controller ## Fetch the published kernel library for gpu-proof (37 MB)
+	$(BIN)/python -m tests.gpu.router_kernel fetch
+
+.PHONY: gpu-proof
+gpu-proof: ## The router patch against vLLM's compiled kernel; PYTHON must have a torch that sees a GPU
+	$(PYTHON) -m tests.gpu.router_kernel run --out artifacts/gpu-proof
+
+# --- upkeep -----------------------------------------------------------------------------------------------------
+
 .PHONY: docs
 docs: $(VENV)/.controller ## Write docs/variables.md from the argument specs
 	$(BIN)/python tools/variables.py
