@@ -36,7 +36,7 @@ VALIDATED = """
 --reasoning-parser deepseek_v4
 --default-chat-template-kwargs {"thinking":true}
 --compilation-config {"cudagraph_mode":"FULL_AND_PIECEWISE","custom_ops":["all"]}
-""".split("\n")[1:-1]
+""".strip().splitlines()
 OWN = {
     "k144-nospec-200k": ["--kv-cache-memory-bytes 14G", "--max-num-batched-tokens 8192",
                          "--served-model-name DeepSeek-V4-Flash-Spark-Mini"],

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -52,7 +53,9 @@ def test_the_progress_of_a_load_is_published(bench: Bench) -> None:
     bench.image("good", never_ready=True, log=["Loading safetensors checkpoint shards:  40% Completed | 2/5 [00:00<"])
     process = bench.start()
     until(lambda: (bench.state().get("progress") or {}).get("done") == 2, "2 of 5 shards")
-    step = until(lambda: (p := bench.run_dir / "progress/model_load.json").exists() and json.loads(p.read_text()), "file")
+    step = until(
+        lambda: (p := bench.run_dir / "progress/model_load.json").exists() and json.loads(p.read_text()), "file"
+    )
     assert step["state"] == "running"
     assert any(line.startswith("EXTEND_TIMEOUT_USEC=") for line in bench.heard())
     process.terminate()
@@ -69,11 +72,16 @@ def test_a_killed_container_is_a_failure_that_says_so(bench: Bench) -> None:
 
 
 def test_the_error_of_a_failed_load_is_told(bench: Bench) -> None:
-    lines = ["(EngineCore pid=9) ERROR RuntimeError: Unsupported expert number: 144", "RuntimeError: Engine core initialization failed. See root cause above."]
+    lines = [
+        "(EngineCore pid=9) ERROR RuntimeError: Unsupported expert number: 144",
+        "RuntimeError: Engine core initialization failed. See root cause above.",
+    ]
     bench.image("good", exit=1, log=lines)
     process = bench.start()
     assert end(process) == FAILED
-    assert "exit status 1 while loading weights: RuntimeError: Unsupported expert number: 144" in bench.state()["detail"]
+    assert (
+        "exit status 1 while loading weights: RuntimeError: Unsupported expert number: 144" in bench.state()["detail"]
+    )
 
 
 def test_a_kill_by_the_watchdog_is_named(bench: Bench) -> None:
@@ -93,7 +101,7 @@ def test_a_model_that_ignores_the_stop_is_killed_after_the_grace(bench: Bench) -
     pid = bench.container_pid()
     process.terminate()
     assert end(process) == STOPPED
-    assert not os.path.exists(f"/proc/{pid}")
+    assert not Path(f"/proc/{pid}").exists()
     assert "STOPPING=1" in bench.heard()
 
 
@@ -197,7 +205,7 @@ def test_the_key_reaches_the_model_and_no_command_line(bench: Bench) -> None:
     bench.key_file.chmod(0o600)
     process = bench.start()
     bench.await_phase("serving")
-    environment = open(f"/proc/{bench.container_pid()}/environ", "rb").read()
+    environment = Path(f"/proc/{bench.container_pid()}/environ").read_bytes()
     assert b"VLLM_API_KEY=s3cret-key" in environment
     assert "s3cret-key" not in (bench.engine / "commands.log").read_text()
     assert "s3cret-key" not in bench.log()

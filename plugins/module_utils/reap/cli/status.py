@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print it; exit 0 when a model serves, 1 when not."""
     found = collect(args.run_dir, args.evidence_dir)
-    print(json.dumps(found, sort_keys=True) if args.json else one_line(found))
+    line = one_line(found)
+    print(json.dumps(found | {"line": line}, sort_keys=True) if args.json else line)
     return 0 if found["phase"] == "serving" else 1
 
 

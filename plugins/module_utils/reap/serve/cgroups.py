@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -57,17 +58,13 @@ def kill(cgroup: Mapping[str, Any], timeout_s: float = 10.0) -> bool:
         left = processes(cgroup)
         if not left or os.getpid() in left:
             return not left
-        v2 = cgroup.get("v2")
-        try:
-            (Path(v2) / "cgroup.kill").write_text("1", encoding="ascii") if v2 else None
-        except OSError:
-            v2 = None
-        if not v2:
-            for pid in left:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+        if cgroup.get("v2"):
+            # Not there before Linux 5.14; the signals below do it then.
+            with contextlib.suppress(OSError):
+                (Path(cgroup["v2"]) / "cgroup.kill").write_text("1", encoding="ascii")
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if time.monotonic() > deadline:
             return False
         # The kernel offers nothing to wait on for somebody else's children.
@@ -100,7 +97,6 @@ def _folder(mount: tuple[str, str] | None, path: str) -> str | None:
 
 
 def _folders(cgroup: Mapping[str, Any]) -> list[Path]:
-    if cgroup.get("v2"):
-        return [Path(cgroup["v2"])]
-    # Every v1 hierarchy of a container holds the same processes.
-    return [Path(folder) for folder in list(cgroup.get("v1", {}).values())[:2]]
+    # Every v1 hierarchy of a container holds the same processes; a hybrid host has the v2 one as well.
+    v1 = list(cgroup.get("v1", {}).values())[:1]
+    return [Path(folder) for folder in [cgroup.get("v2"), *v1] if folder]

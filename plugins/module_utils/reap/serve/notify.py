@@ -6,7 +6,6 @@ import os
 import socket
 import time
 
-
 _SEND_TIMEOUT_S = 5.0
 
 
