@@ -49,7 +49,7 @@ class _Digesting:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer. `path`, `digest`, `size` (bytes) are of the compressed archive; `diff_id`, `unpacked` of the plain one."""
+    """One layer. `path`, `digest` and `size` (bytes): the compressed archive. `diff_id`, `unpacked`: the plain one."""
 
     path: Path
     digest: str
