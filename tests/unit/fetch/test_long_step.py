@@ -1,0 +1,219 @@
+"""``long_step`` through ansible-playbook on this machine: detached, attached again, quiet about secrets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+SECRET = "sesame-0123456789"
+# Counts lines in a file, so that a test sees how often it ran; reports progress; ends when told.
+PROGRAM = """
+import json, os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+with (folder / "starts").open("a") as out: out.write(f"{os.getpid()} {os.environ.get('SECRET')}\\n")
+number = 0
+while not (folder / "go").exists():
+    number += 1
+    new = folder / "p.new"
+    new.write_text(json.dumps({"step": "t", "state": "running", "done": number * 10**9, "total": 94 * 10**9,
+                               "unit": "bytes", "rate": 1.1e8, "eta_s": 540, "detail": "model-7",
+                               "source": "hub", "error": None}))
+    new.rename(folder / "progress.json")
+    time.sleep(0.1)
+print("some text")
+print(json.dumps({"changed": False, "secret_was_there": os.environ.get("SECRET", "") != ""}))
+sys.exit(int(sys.argv[2]))
+"""
+
+
+class Play:
+    """A playbook of one long_step task, its job and progress below one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "program.py").write_text(PROGRAM)
+        self.arguments: dict[str, Any] = {
+            "step": "demo",
+            "argv": [sys.executable, str(folder / "program.py"), str(folder), "0"],
+            "job_dir": str(folder / "jobs"),
+            "progress_file": str(folder / "progress.json"),
+            "secrets": {"SECRET": SECRET, "EMPTY": ""},
+        }
+
+    def start(self, *more: str, hosts: str = "one,", form: str = "log", **changes: Any) -> subprocess.Popen[str]:
+        save = {"content": "{{ r | to_json }}", "dest": str(self.folder / "result-{{ inventory_hostname }}.json")}
+        tasks = [
+            {"long_step": {**self.arguments, **changes}, "register": "r", "name": "Long"},
+            {"ansible.builtin.copy": save, "check_mode": False},
+        ]
+        book = self.folder / "play.yml"
+        book.write_text(json.dumps([{"hosts": "all", "gather_facts": False, "tasks": tasks}]))
+        return subprocess.Popen(
+            [str(Path(sys.executable).with_name("ansible-playbook")), "-i", hosts, "-c", "local", str(book),
+             "-e", f"ansible_python_interpreter={sys.executable}", *more],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "REAP_PROGRESS": form},
+        )  # fmt: skip
+
+    def run(self, *more: str, **changes: Any) -> tuple[int, str]:
+        process = self.start(*more, **changes)
+        out, _ = process.communicate(timeout=90)
+        return process.returncode, out
+
+    def result(self, host: str = "one") -> dict[str, Any]:
+        value: dict[str, Any] = json.loads((self.folder / f"result-{host}.json").read_text())
+        return value
+
+    def starts(self) -> list[str]:
+        path = self.folder / "starts"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def go(self) -> None:
+        (self.folder / "go").touch()
+
+    def await_start(self, count: int = 1) -> None:
+        limit = time.monotonic() + 60
+        while len(self.starts()) < count:
+            assert time.monotonic() < limit, "the command did not start"
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Iterator[Play]:
+    made = Play(tmp_path)
+    yield made
+    made.go()
+    for line in made.starts():
+        pid = int(line.split()[0])
+        limit = time.monotonic() + 10
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < limit:
+            time.sleep(0.05)
+
+
+def test_result_and_secret(play: Play) -> None:
+    play.go()
+    rc, out = play.run("-vvv")
+    assert rc == 0, out
+    result = play.result()
+    assert (result["rc"], result["changed"], result["attached"], result["running"]) == (0, False, False, False)
+    assert result["result"]["secret_was_there"] is True
+    assert result["stdout_lines"][0] == "some text"
+    assert SECRET not in out
+    assert SECRET not in json.dumps(result)
+    held = [path for path in play.folder.rglob("*") if path.is_file() and SECRET in path.read_text()]
+    # The playbook that the test wrote and the program's own record of what it was given: nothing of long_step's.
+    assert {path.name for path in held} == {"play.yml", "starts"}
+
+
+def test_a_failure_says_what_the_command_said(play: Play) -> None:
+    play.go()
+    rc, out = play.run(argv=["sh", "-c", "echo first >&2; echo the disk is full >&2; exit 3"])
+    assert rc != 0
+    assert "the disk is full" in out
+    rc, out = play.run(argv=["sh", "-c", "exit 3"], rc_ok=[0, 3])
+    assert rc == 0, out
+    rc, out = play.run(argv=["/nonexistent/program"])
+    assert "/nonexistent/program: No such file or directory" in out
+
+
+def test_a_killed_playbook_leaves_the_command_and_the_next_one_attaches(play: Play) -> None:
+    first = play.start()
+    play.await_start()
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    pid = play.starts()[0].split()[0]
+    assert Path(f"/proc/{pid}").exists()
+    second = play.start()
+
+    limit = time.monotonic() + 60
+    assert second.stdout is not None
+    seen = []
+    while not any("94.0 GB" in line for line in seen):
+        assert time.monotonic() < limit, "".join(seen)
+        seen.append(second.stdout.readline())
+    assert re.search(r"\[one\] demo: \d+ % .* of 94\.0 GB, 110\.0 MB/s, 9 min left, from hub \(model-7\)", seen[-1])
+    play.go()
+    out, _ = second.communicate(timeout=60)
+    assert second.returncode == 0, out
+    assert len(play.starts()) == 1
+    assert play.result()["attached"] is True
+
+
+def test_another_command_under_the_same_name_is_refused(play: Play) -> None:
+    first = play.start()
+    play.await_start()
+    rc, out = play.run(argv=["true"])
+    assert rc != 0
+    assert "already running with another command" in out
+    play.go()
+    assert first.wait(timeout=60) == 0
+    first.communicate()
+
+
+def test_a_command_whose_host_died_is_started_again(play: Play) -> None:
+    process = play.start()
+    play.await_start()
+    runner = json.loads((play.folder / "jobs" / "demo" / "job.json").read_text())["pid"]
+    os.killpg(runner, signal.SIGKILL)
+    play.await_start(2)
+    play.go()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert len(play.starts()) == 2
+
+
+def test_a_time_limit_ends_the_command(play: Play) -> None:
+    rc, out = play.run(timeout=3)
+    assert rc != 0
+    assert "took longer than 3 s" in out
+    pid = play.starts()[0].split()[0]
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_check_mode_runs_only_what_changes_nothing(play: Play) -> None:
+    rc, out = play.run("--check")
+    assert rc == 0, out
+    assert play.starts() == []
+    rc, out = play.run("--check", check_argv=["sh", "-c", "echo '{\"changed\": true}'"])
+    assert (rc, play.result()["changed"]) == (0, True), out
+
+
+def test_start_now_and_wait_later(play: Play) -> None:
+    rc, out = play.run(mode="start")
+    assert rc == 0, out
+    assert play.result()["running"] is True
+    play.go()
+    rc, out = play.run(mode="wait")
+    assert (rc, play.result()["rc"]) == (0, 0), out
+    rc, out = play.run(mode="wait", step="never")
+    assert (rc, play.result()["rc"]) == (0, None), out
+
+
+def test_a_terminal_has_one_line_per_host_drawn_in_place(play: Play) -> None:
+    process = play.start(hosts="one,two,", form="line", step="demo-{{ inventory_hostname }}")
+    play.await_start(2)
+    assert process.stdout is not None
+    text = ""
+    limit = time.monotonic() + 60
+    while not ("\x1b[2A" in text and "[two]" in text):
+        assert time.monotonic() < limit, text
+        text += os.read(process.stdout.fileno(), 4096).decode()
+    play.go()
+    text += process.communicate(timeout=60)[0]
+    assert process.returncode == 0, text
+    rows = re.findall(r"\x1b\[2K\[(one|two)\] demo-\1: ", text)
+    assert rows.count("one") >= 1
+    assert rows.count("two") >= 1
+    # The results stand on lines of their own, whole.
+    assert re.search(r"\x1b\[J\S*ok: \[one\]|^ok: \[one\]", text, re.MULTILINE)
