@@ -128,8 +128,10 @@ def run(args: argparse.Namespace) -> int:
             key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
         else:
             key = settings.api_key()
-        if args.unless_verified:
-            before = verified_before(parent, subject(settings, service_state(settings)))
+        service = service_state(settings)
+        # Without the service's own word on when it started, nothing says that it is the one of before.
+        if args.unless_verified and service:
+            before = verified_before(parent, subject(settings, service))
             if before is not None:
                 say(f"verified before, {before['verdict']}: {before['path']}")
                 if progress is not None:

@@ -101,7 +101,7 @@ def _calibrate(session: Session) -> None:
                 f"{session.client.url} streams no usage (stream_options.include_usage): "
                 "without token counts nothing can be measured"
             )
-        # A server that breaks the protocol is for the tasks to name.
+        # A stream that broke is for the tasks to name.
         session.notes.append("The first request brought no usage; see the checks of the tasks.")
     counted = session.tokenize(messages)
     session.has_tokenizer = counted is not None

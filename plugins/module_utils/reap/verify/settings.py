@@ -42,6 +42,7 @@ class Settings:
             long prompt.
         slowest_prefill_tok_s: a slower prefill than this is not waited for.
         first_token_s, between_tokens_s, total_s: deadlines of a short request, seconds.
+        cancel_wait_s: how long a cancelled request may go on, seconds.
         metrics: `required` (no metrics: could not run) or `optional` (the report says that the cache was not proved
             cold).
         sample_memory: whether MemAvailable of this machine is the server's; None: when the endpoint is on loopback.
@@ -81,6 +82,7 @@ class Settings:
     first_token_s: float = 120.0
     between_tokens_s: float = 60.0
     total_s: float = 900.0
+    cancel_wait_s: float = 10.0
     metrics: str = "required"
     sample_memory: bool | None = None
     memory_hertz: float = 2.0

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import http.client
+import json
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import answer_checks, bare
+from .checks import answer_checks, bare, tool_call_checks
 from .client import CouldNotRun, Reply
-from .metrics import KV_USAGE
+from .metrics import GENERATED, KV_USAGE, RUNNING
 from .needle import Needle, new_code
+from .prompts import PROMPTS, UNICODE_SAMPLES, PromptTask, prose
 from .session import LARGEST_TEMPLATE_OFFSET, Session, TaskResult
 
 Work = Callable[[Session, TaskResult], None]
@@ -30,6 +33,7 @@ class Task:
 
 ALL = ("quick", "standard", "full", "grid")
 STANDARD = ("standard", "full", "grid")
+LONG = ("full", "grid")
 
 
 def user(text: str) -> list[dict[str, Any]]:
@@ -61,7 +65,7 @@ def identity(session: Session, result: TaskResult) -> None:
     if not result.check("model_name", client.model in names, found, client.model):
         return
     served = next(item for item in models or [] if item.get("id") == client.model)
-    session.served = dict(served)
+    session.served = {key: served.get(key) for key in ("id", "root", "max_model_len", "owned_by")}
     length = served.get("max_model_len")
     if settings.max_model_len is not None:
         wanted = settings.max_model_len
@@ -237,12 +241,284 @@ class PrefillProgress:
         self._thread.join(timeout=15)
 
 
+# ------------------------------------------------------------------------------------------------- streams
+
+
+def accounting(session: Session, result: TaskResult) -> None:
+    """The usage that is stated is what the server's own counters counted."""
+    if not session.has_metrics:
+        result.note = "the server has no metrics to compare with"
+    code = new_code(session.rng)
+    session.ask(result, repeat_prompt(session, code), session.settings.answer_max_tokens, accounting=True)
+
+
+def stream_equals_whole(session: Session, result: TaskResult) -> None:
+    """At temperature 0 a streamed reply and one in a piece are the same."""
+    code = new_code(session.rng, groups=5, size=6)
+    messages = repeat_prompt(session, code)
+    limit = session.settings.answer_max_tokens
+    streamed = session.ask(result, messages, limit)
+    whole = session.ask(result, messages, limit, stream=False)
+    for name in ("content", "reasoning", "finish_reason"):
+        one, other = getattr(streamed, name), getattr(whole, name)
+        found = "the same" if one == other else f"streamed {str(one)[:120]!r}, whole {str(other)[:120]!r}"
+        result.check(f"same_{name}", one == other, found, "the same")
+    if streamed.usage and whole.usage:
+        one, other = streamed.usage.completion, whole.usage.completion
+        result.check("same_usage", one == other, f"{one} and {other} completion tokens", "the same")
+
+
+def temperature_zero(session: Session, result: TaskResult) -> None:
+    """Temperature 0 is obeyed: the same request twice gives the same text."""
+    messages = user(f"[{session.label()}] Invent a name for a small planet and describe it in one sentence.")
+    replies = [session.ask(result, messages, session.settings.answer_max_tokens) for _ in range(2)]
+    one, other = (reply.reasoning + reply.content for reply in replies)
+    result.check(
+        "deterministic_at_0", one == other, "the same" if one == other else f"{one!r} and {other!r}", "the same"
+    )
+
+
+def temperature_high(session: Session, result: TaskResult) -> None:
+    """A high temperature is obeyed: of several replies not all are the same."""
+    messages = user(f"[{session.label()}] Invent a name for a small planet. Answer with the name only.")
+    texts = set()
+    for seed in (11, 22, 33, 44):
+        reply = session.ask(result, messages, session.settings.answer_max_tokens, temperature=1.5, extra={"seed": seed})
+        texts.add(reply.reasoning + reply.content)
+    result.check("diverse_at_1_5", len(texts) > 1, f"{len(texts)} different of 4 replies", "more than one")
+
+
+def unicode_exact(session: Session, result: TaskResult) -> None:
+    """Text in many scripts survives the way through the stream byte for byte."""
+    for name, sample in UNICODE_SAMPLES:
+        reply = session.ask(result, repeat_prompt(session, sample), session.settings.answer_max_tokens)
+        answer = bare(reply.content)
+        exact = answer.encode() == sample.encode()
+        found = answer[:80]
+        if not exact and unicodedata.normalize("NFC", answer) == unicodedata.normalize("NFC", sample):
+            found += " (another normal form: the marks were composed or taken apart)"
+        result.check(f"exact_{name}", exact, repr(found), repr(sample))
+
+
+def prompt_work(task: PromptTask) -> Work:
+    """The function of a task that is one prompt and its checkers."""
+
+    def work(session: Session, result: TaskResult) -> None:
+        settings = session.settings
+        limit = settings.essay_max_tokens if task.essay else settings.answer_max_tokens
+        # The label keeps the prompt out of every cache; it stands last, away from the question.
+        reply = session.ask(result, user(f"{task.prompt}\n\n(Reference {session.label()}; do not repeat it.)"), limit)
+        if reply.finish_reason == "length":
+            where = "in the content" if reply.content else "in the reasoning"
+            result.check("finished", False, f"the limit of {limit} tokens ended it {where}", "an answer that ends")
+        result.checks.extend(prose(task, reply.content) if task.least_characters > 1 else [])
+        for checker in task.checkers:
+            result.checks.extend(checker(reply.content))
+
+    return work
+
+
+# ------------------------------------------------------------------------------------------------- tools
+
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the current weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "Name of the city"}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+WEATHER_QUESTION = "What is the weather in Paris right now? Use the tool."
+
+
+def _ask_weather(session: Session, result: TaskResult, *, stream: bool) -> Reply:
+    messages = user(f"{WEATHER_QUESTION} (Reference {session.label()}.)")
+    reply = session.ask(result, messages, session.settings.answer_max_tokens, stream=stream, extra={"tools": [WEATHER]})
+    schema = WEATHER["function"]["parameters"]
+    result.checks.extend(tool_call_checks(reply, "get_weather", schema, {"city": "Paris"}))
+    return reply
+
+
+def tool_call(session: Session, result: TaskResult) -> None:
+    """A tool is called with arguments that are JSON, keep the schema and are right; streamed and in one piece."""
+    for stream in (True, False):
+        _ask_weather(session, result, stream=stream)
+
+
+def tool_round_trip(session: Session, result: TaskResult) -> None:
+    """The result of a tool reaches the answer."""
+    reply = _ask_weather(session, result, stream=True)
+    if not reply.tool_calls:
+        return
+    call = reply.tool_calls[0]
+    degrees = f"{session.rng.randint(-39, 49)}"
+    messages: list[dict[str, Any]] = [
+        *user(WEATHER_QUESTION),
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "id": call["id"] or "call-1",
+                    "type": "function",
+                    "function": {"name": call["name"], "arguments": call["arguments"]},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": call["id"] or "call-1", "content": f"{degrees} degrees and hail"},
+    ]
+    answer = session.ask(result, messages, session.settings.answer_max_tokens, extra={"tools": [WEATHER]})
+    spoken = answer.content.replace("\u2212", "-").replace("minus ", "-")
+    found = repr(answer.content[:200])
+    result.check("tool_result_used", degrees.lstrip("-") in spoken, found, f"{degrees} degrees in the content")
+    result.check("no_second_call", not answer.tool_calls, f"{len(answer.tool_calls)} calls", "an answer, no call")
+
+
+def tool_not_due(session: Session, result: TaskResult) -> None:
+    """No tool is called when none is of use."""
+    messages = user(f"What is 7 times 6? Answer with the number only. (Reference {session.label()}.)")
+    reply = session.ask(result, messages, session.settings.answer_max_tokens, extra={"tools": [WEATHER]})
+    names = ", ".join(call["name"] for call in reply.tool_calls) or "no call"
+    result.check("no_tool_called", not reply.tool_calls, names, "no call")
+    result.check("answer", "42" in reply.content, repr(reply.content[:120]), "42")
+
+
+# ------------------------------------------------------------------------------------------------- limits
+
+
+def over_context(session: Session, result: TaskResult) -> None:
+    """A prompt longer than the context is refused with a clean 400, and the server goes on."""
+    context = session.context
+    if context is None:
+        result.check("context_known", False, "the server states no context length", "max_model_len in /v1/models")
+        return
+    # Five-letter groups with digits: no tokenizer needs fewer than one token for each.
+    words = (f"{session.rng.randint(10000, 99999)}" for _ in range(context + 64))
+    reply = session.ask(result, user(" ".join(words)), 16, judge=False)
+    result.exchanges[-1]["sent"] = f"{context + 64} random numbers"
+    result.check("status_400", reply.status == 400, f"status {reply.status}", "status 400")
+    try:
+        error = json.loads(reply.body).get("error", {})
+        message = error.get("message") if isinstance(error, Mapping) else None
+    except (ValueError, AttributeError):
+        message = None
+    result.check("error_message", bool(message), str(message)[:200] or reply.body[:200], "error.message in a JSON body")
+    code = new_code(session.rng)
+    after = session.ask(result, repeat_prompt(session, code), session.settings.answer_max_tokens)
+    result.checks.extend(answer_checks(after, code))
+
+
+def cancellation(session: Session, result: TaskResult) -> None:
+    """Closing the connection ends the work: the server is free for the next request at once."""
+    messages = user(f"[{session.label()}] Count from 1 to 5000, separated by spaces, and leave out nothing.")
+    limit = min(4096, (session.context or 8192) // 2)
+    reply = session.ask(
+        result, messages, limit, extra={"ignore_eos": True}, on_token=lambda seen: len(seen.events) < 4, judge=False
+    )
+    result.check(
+        "was_running", reply.cancelled, f"{len(reply.events)} events, cancelled: {reply.cancelled}", "cancelled"
+    )
+    if session.has_metrics:
+        waited, patience = time.monotonic(), session.settings.cancel_wait_s
+        running: float | None = None
+        while time.monotonic() - waited < patience:
+            now = session.snapshot()
+            running = now.get(RUNNING) if now else None
+            if running == 0:
+                break
+            time.sleep(0.1)
+        result.check("nothing_runs", running == 0, f"{running} requests run {patience:g} s later", "0 requests")
+        if running == 0:
+            first = session.snapshot()
+            time.sleep(1.0)
+            second = session.snapshot()
+            grown = second.growth(first, GENERATED) if first and second else None
+            result.check("no_more_tokens", not grown, f"{grown} tokens in the next second", "0 tokens")
+    else:
+        result.note = "the server has no metrics: only that the next request is answered was seen"
+    code = new_code(session.rng)
+    after = session.ask(result, repeat_prompt(session, code), session.settings.answer_max_tokens)
+    result.checks.extend(answer_checks(after, code))
+
+
+# ------------------------------------------------------------------------------------------------- more needles
+
+CITIES = ("Rotterdam", "Valparaiso", "Nairobi", "Trondheim", "Osaka", "Winnipeg")
+
+
+def needle_among_distractors(session: Session, result: TaskResult) -> None:
+    """Of several needles that look alike, the one that was asked for is given, and no other."""
+    codes = {city: new_code(session.rng) for city in session.rng.sample(CITIES, 4)}
+    asked = session.rng.choice(sorted(codes))
+    needles = [
+        Needle(f"The code of the vault in {city} is {code}.", (index + 0.5) / len(codes))
+        for index, (city, code) in enumerate(codes.items())
+    ]
+    question = f"What is the code of the vault in {asked}? Answer with the code only."
+    room = (session.context or 8192) - session.settings.needle_max_tokens
+    prompt = session.long_prompt(min(8000, session.settings.needle_tokens, room), needles, question)
+    reply = session.ask(
+        result,
+        prompt.messages,
+        session.settings.needle_max_tokens,
+        wanted_tokens=prompt.tokens if session.has_tokenizer else None,
+        deadlines=session.client.deadlines.for_prompt(prompt.tokens, session.settings.slowest_prefill_tok_s),
+    )
+    others = [code for city, code in codes.items() if city != asked]
+    result.checks.extend(answer_checks(reply, codes[asked], others, question))
+
+
+def after_needle(session: Session, result: TaskResult) -> None:
+    """After the long prompt a short request is answered as before."""
+    smoke(session, result)
+
+
+def ladder(session: Session, result: TaskResult) -> None:
+    """Needles in longer and longer prompts; ends at the first loss."""
+    for tokens in session.settings.ladder:
+        if not ask_needle(session, result, tokens, session.settings.needle_depth):
+            result.note = f"lost at {tokens:,} tokens; longer ones were not tried"
+            return
+
+
+def grid(session: Session, result: TaskResult) -> None:
+    """Needles at every depth of every length; all are tried, whatever is lost."""
+    for tokens in session.settings.grid_lengths:
+        for depth in session.settings.grid_depths:
+            ask_needle(session, result, tokens, depth)
+
+
 TASKS: tuple[Task, ...] = (
     Task("health", "the server says that it is well", ALL, health),
     Task("identity", "the served model is the profile's: name, context length, path, tokenizer", ALL, identity),
     Task("smoke", "a short request gets exactly the text it asks for", ALL, smoke),
     Task("streaming", "tokens come as they are made", ALL, streaming),
-    Task("needle", "a needle in a prompt of the profile's length is found; the rates are measured", ALL, needle),
+    Task("accounting", "the stated usage is what the server's counters counted", ALL, accounting),
+    Task("stream_equals_whole", "streamed and whole replies are the same", STANDARD, stream_equals_whole),
+    Task("temperature_zero", "temperature 0 gives the same text twice", STANDARD, temperature_zero),
+    Task("temperature_high", "temperature 1.5 does not", STANDARD, temperature_high),
+    Task("unicode", "text in many scripts comes back byte for byte", STANDARD, unicode_exact),
+    *(Task(task.name, task.title, STANDARD, prompt_work(task)) for task in PROMPTS),
+    Task("tool_call", "a tool is called with the right arguments", STANDARD, tool_call),
+    Task("tool_round_trip", "a tool's result reaches the answer", STANDARD, tool_round_trip),
+    Task("tool_not_due", "no tool is called when none is of use", STANDARD, tool_not_due),
+    Task("over_context", "a prompt over the context gets a clean 400", STANDARD, over_context),
+    Task("cancellation", "closing the connection frees the server", STANDARD, cancellation),
+    Task(
+        "needle_among_distractors",
+        "of several needles that look alike, the one that was asked for is given",
+        STANDARD,
+        needle_among_distractors,
+    ),
+    Task("ladder", "needles in longer and longer prompts are found", LONG, ladder),
+    Task("grid", "needles at every depth of every length are found", ("grid",), grid),
+    Task("needle", "a needle in a prompt of the profile's length is found; the rates are measured", STANDARD, needle),
+    Task("after_needle", "a short request after the long one is answered as before", STANDARD, after_needle),
 )
 
 
