@@ -40,6 +40,8 @@ def playbook(name: str, *extra: str) -> subprocess.CompletedProcess[str]:
     command = [
         str(Path(sys.executable).parent / "ansible-playbook"),
         "-i",
+        str(ROOT / "molecule" / "shared" / "inventory"),
+        "-i",
         str(SCENARIO / "inventory"),
         "-l",
         HOST,
