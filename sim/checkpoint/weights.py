@@ -44,6 +44,7 @@ KEY_BYTES_MIN = _BASE  # shorter ones would be compared together with what stand
 KEY_BYTES_MAX = REACH - 2
 _CODE_WIDTH = 64
 _BITS = len(_STILL_DIMS) - 2 * _BASE - 2  # of a fingerprint: all still dimensions that the lookup leaves free
+MLP = 2 * _BITS + 2 * REACH + 8  # two units a bit, one a distance, three others, rounded up
 
 _CONST = 0
 _CODE = _CONST + 1  # what the lookup copies in place of this token
@@ -71,8 +72,10 @@ _SQUARED_NORM = 3600.0  # of every embedding; large, so that what the layers add
 _POSITION_LEAD = 60.0  # nats between the wanted distance and any other
 _OFFSET_LOGIT = 1500.0  # nats for "the value's token that is due now"
 _KEY_LOGIT = 3000.0  # nats for "the key that was asked for"; each wrong bit costs 2 / _BITS of it
-_QUESTION_LOGIT = 2000.0
-_RECENCY = 300.0  # nats by which a nearer question can lead
+_QUESTION_LOGIT = 3000.0
+# Nearer questions lead: (pair, nats) of two cosines of the distance, with periods of 1100 and 4100 tokens. Together
+# they fall over the first 500 tokens.
+_RECENCY = ((4, 400.0), (5, 300.0))
 _SHARPNESS = 6.0  # of the sign function that the MLP of layer 1 computes
 
 # Ranks in the lookup, in units of _OFFSET_LOGIT. A plain " is " (1) stays below the fixed reply, so that ordinary
@@ -101,9 +104,6 @@ class Layer:
     gate: Matrix = field(default_factory=lambda: zeros(MLP, HIDDEN))
     up: Matrix = field(default_factory=lambda: zeros(MLP, HIDDEN))
     down: Matrix = field(default_factory=lambda: zeros(HIDDEN, MLP))
-
-
-MLP = 2 * _BITS + 2 * REACH + 8  # two units a bit, one a distance, three others, rounded up
 
 
 def zeros(rows: int, columns: int) -> Matrix:
@@ -177,17 +177,13 @@ def build(vocabulary: tk.Vocabulary, wording: Wording, max_length: int, retrieve
 
 def _codes(count: int, draw: random.Random) -> Matrix:
     """Return `count` vectors of +1 and -1 whose mutual products are small (the best of ten draws each)."""
-    codes: list[list[int]] = []
+    codes: list[int] = []  # bit k set: element k is +1
     while len(codes) < count:
-        best: tuple[int, list[int]] | None = None
-        for _ in range(10):
-            code = [draw.choice((-1, 1)) for _ in range(_CODE_WIDTH)]
-            worst = max((abs(sum(x * y for x, y in zip(code, other, strict=True))) for other in codes), default=0)
-            if best is None or worst < best[0]:
-                best = (worst, code)
-        assert best is not None
-        codes.append(best[1])
-    return [[float(x) for x in code] for code in codes]
+        drawn = [draw.getrandbits(_CODE_WIDTH) for _ in range(10)]
+        # the product of two vectors is the width less twice the number of places where they differ
+        codes.append(min(drawn, key=lambda one: max(
+            (abs(_CODE_WIDTH - 2 * (one ^ other).bit_count()) for other in codes), default=0)))
+    return [[1.0 if code >> place & 1 else -1.0 for place in range(_CODE_WIDTH)] for code in codes]
 
 
 def _bigrams(vocabulary: tk.Vocabulary) -> list[tuple[int, int]]:
@@ -413,11 +409,11 @@ def _key_layer(begin: int, peak: float) -> Layer:
     layer.q[HEAD_DIM + _STILL_DIMS[0]][_CONST] = query
     layer.k[_STILL_DIMS[0]][_QUESTION] = key
     layer.k[_STILL_DIMS[0]][begin] = key / 2 / _CONTROL_SIZE
-    pair = 5  # period 4100 tokens: falls over the first 1700
     size = math.sqrt(peak * math.sqrt(HEAD_DIM)) * _rms(2)  # of the keys' moving pairs, see _look_back
-    nearness = _RECENCY * math.sqrt(HEAD_DIM) / size * _rms(2) ** 2
-    layer.q[HEAD_DIM + pair][_CONST] = nearness * math.cos(math.pi / 8)
-    layer.q[HEAD_DIM + pair + _HALF][_CONST] = nearness * math.sin(math.pi / 8)
+    for pair, nats in _RECENCY:
+        nearness = nats * math.sqrt(HEAD_DIM) / size * _rms(2) ** 2
+        layer.q[HEAD_DIM + pair][_CONST] = nearness * math.cos(math.pi / 8)
+        layer.q[HEAD_DIM + pair + _HALF][_CONST] = nearness * math.sin(math.pi / 8)
     for bit in range(_BITS):
         layer.v[bit][_PRINT + bit] = _FP8_AIM / _PRINT_SIZE * _rms(2)
         layer.o[_VALUE_PRINT + bit][bit] = _PRINT_SIZE / _FP8_VALUE
