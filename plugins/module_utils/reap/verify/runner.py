@@ -96,7 +96,7 @@ def _calibrate(session: Session) -> None:
             "check the key file or REAP_API_KEY"
         )
     if reply.usage is None:
-        if reply.status == 200 and not reply.problems.keys() - {"done_once"}:
+        if reply.done and reply.finish_reason is not None:
             raise CouldNotRun(
                 f"{session.client.url} streams no usage (stream_options.include_usage): "
                 "without token counts nothing can be measured"
