@@ -8,7 +8,7 @@ import socketserver
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -67,6 +67,29 @@ def test_an_override_is_never_validated(tmp_path: Path) -> None:
     found = base.locate(engine, spec(tmp_path, override="my/test:1"))  # type: ignore[arg-type]
     assert found is not None
     assert not found.validated
+
+
+def test_bases_that_nothing_needs_go_by_the_recipes_own_names(tmp_path: Path) -> None:
+    old, kept, foreign = (f"sha256:{letter * 64}" for letter in "def")
+    pulled = f"host/image@{DIGEST}"
+    state = {"bases": {old: {"reference": pulled}, kept: {"reference": "host/image@x"}}}
+    (tmp_path / "s.json").write_text(json.dumps(state))
+
+    class Recorder(EngineDouble):
+        removed: ClassVar[list[str]] = []
+
+        def call(self, method: str, target: str, **_: Any) -> Any:
+            return []  # no container
+
+        def remove_image(self, name: str) -> bool:
+            self.removed.append(name)
+            return True
+
+    tags = {"RepoTags": ["reap-base:old", "somebody/elses:name"], "RepoDigests": [pulled]}
+    engine = Recorder({"Id": old, **tags}, {"Id": kept, "RepoTags": ["reap-base:kept"]}, {"Id": foreign})
+    gone = base.prune(engine, spec(tmp_path), {kept})  # type: ignore[arg-type]
+    assert gone == engine.removed == ["reap-base:old", pulled]
+    assert json.loads((tmp_path / "s.json").read_text()) == {"bases": {kept: {"reference": "host/image@x"}}}
 
 
 @pytest.mark.parametrize(

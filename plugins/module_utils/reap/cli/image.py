@@ -96,4 +96,6 @@ def _ensure(
             f"the base image {spec.override or spec.pinned} is not on the host: run role runtime_image first"
         )
     outcome, changed = derived.ensure(engine, build, located, program, progress)
+    if changed:
+        outcome["pruned"] += bases.prune(engine, spec, derived.bases_in_use(engine) | {located.id})
     return {"changed": changed, "base": located.record(), **outcome}

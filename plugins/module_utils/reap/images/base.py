@@ -428,3 +428,36 @@ def _build_cutlass(engine: Engine, spec: Spec, progress: Progress) -> Found:
     finally:
         engine.remove_container(worker)
     return Found(str(built), "cutlass layer built here", "build", False)
+
+
+# Tidying up
+
+
+def prune(engine: Engine, spec: Spec, keep: set[str]) -> list[str]:
+    """Remove base images that this recipe brought and that nothing needs any more.
+
+    Only the names are removed that the recipe gave or pulled by; an image that somebody else named as well stays.
+
+    Args:
+        keep: IDs that stay: the current base, and the bases of the patched images that are kept.
+
+    Returns:
+        References that are gone.
+    """
+    state = _state(spec)
+    bases: dict[str, Any] = state.get("bases", {})
+    gone = []
+    for identity in [one for one in bases if one not in keep]:
+        reference = str(bases[identity].get("reference", ""))
+        image = engine.image(identity)
+        filters = json.dumps({"ancestor": [identity]})
+        if image and engine.call("GET", "/containers/json", query={"all": 1, "filters": filters}):
+            continue
+        own = [name for name in (image or {}).get("RepoTags") or [] if name.startswith(f"{KEEP_REPOSITORY}:")]
+        for name in [*own, *([reference] if image else [])]:
+            if engine.remove_image(name):
+                gone.append(name)
+        del bases[identity]
+    if gone or bases != _state(spec).get("bases", {}):
+        write_json(Path(spec.state), state)
+    return gone

@@ -266,6 +266,12 @@ def prune(engine: Engine, build: Build) -> list[str]:
     return gone
 
 
+def bases_in_use(engine: Engine) -> set[str]:
+    """IDs of the bases of all patched images on the host."""
+    entries = engine.call("GET", "/images/json", query={"filters": json.dumps({"label": [LABEL_PATCHES]})}) or []
+    return {labels_of(entry).get(LABEL_BASE_ID, "") for entry in entries}
+
+
 def _in_use(engine: Engine, name: str) -> bool:
     image = engine.image(name)
     filters = json.dumps({"ancestor": [name]})
