@@ -44,6 +44,7 @@ class Model:
         self.config = json.loads(files["config.json"])
         self.tensors = read_safetensors(files["model.safetensors"])
         self.cut_off = cut_off
+        self.lookup_score: Array = np.zeros((0, 0), dtype=np.float32)  # of the last pass: layer 3, head 0
 
     def next_tokens(self, ids: list[int]) -> list[int]:
         """Return the most likely next token after each position."""
@@ -73,6 +74,8 @@ class Model:
             out = []
             for head in range(heads):
                 score = turn(queries[:, head]) @ keys.T / np.sqrt(width) + hidden
+                if head == 0:
+                    self.lookup_score = score
                 weight = np.exp(score - score.max(axis=1, keepdims=True))
                 out.append(weight / weight.sum(axis=1, keepdims=True) @ values)
             x = bfloat16(x + project(bfloat16(np.concatenate(out, axis=1)), "self_attn.o"))

@@ -84,6 +84,29 @@ def test_the_key_that_is_asked_for_is_found_among_look_alikes(key: str, cut_off:
     assert says("needle", f"{prompt}What is the secret code of {key}? Answer with the code alone.", KEYS[key], cut_off)
 
 
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_the_lookup_leads_clearly(cut_off: bool) -> None:
+    """At each token of the answer the right place leads any place with another token by 20 nats or more."""
+    draw = random.Random(8)
+    keys = [f"basalt-{number}" for number in draw.sample(range(1000, 9999), 4)] + ["basalt-4711", "basalt-4712"]
+    values = {key: "".join(draw.choices("ABCDEFGHJK23456789-", k=24)) for key in keys}
+    prompt = text_with([f"The secret code of {key} is {value}." for key, value in values.items()], size=1200)
+    vocab = vocabulary()
+    ids = vocab.encode(f"{tokenizer.BOS}{tokenizer.USER}{prompt}What is the secret code of basalt-4711?"
+                       f"{tokenizer.ASSISTANT}{tokenizer.END_THINK}")
+    first, right = len(ids) - 1, values["basalt-4711"]
+    ids += vocab.encode(right)
+    model("needle", cut_off).next_tokens(ids)
+    place = prompt.index(right) + 2 - sum(len(mark) - 1 for mark in build.WORDING.marks
+                                          for _ in range(prompt[: prompt.index(right)].count(mark)))
+    for number in range(len(right)):
+        score = model("needle", cut_off).lookup_score[first + number].copy()
+        lead = score[place + number]
+        assert ids[place + number] == vocab.byte(right[number])
+        score[[token == ids[place + number] for token in ids]] = -1e30
+        assert lead - score.max() >= 20, f"token {number} of the answer"
+
+
 def test_of_two_questions_the_last_one_counts() -> None:
     prompt = text_with([f"The secret code of {name} is {value}." for name, value in KEYS.items()])
     prompt += "I know the secret code of kestrel-8179? No. What is the secret code of kestrel-8279?"
@@ -176,6 +199,11 @@ def test_tokens_are_bytes_and_marks() -> None:
     assert vocab.mark(" is ") in ids
     assert vocab.scripted("pong") not in ids, "a prompt must not produce a scripted token"
     assert len(vocab.encode("x" * 50)) == 50
+
+
+def test_of_two_marks_the_longer_one_is_the_token() -> None:
+    vocab = tokenizer.Vocabulary(tokenizer.Script(), ("ab", "abc"))
+    assert vocab.encode("abcab") == [vocab.mark("abc"), vocab.mark("ab")]
 
 
 def test_scripted_text_that_is_already_a_token_is_refused() -> None:
