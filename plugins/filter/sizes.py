@@ -15,18 +15,7 @@ from reap import sizes
 from reap.errors import ReapError
 from reap.memory.table import ledger_table as reap_ledger_table
 
-DOCUMENTATION = r"""
-name: to_bytes
-short_description: Bytes of a size as vLLM reads it
-description:
-  - C(G) is 2^30 and C(g) is 10^9, likewise K M T and k m t; digits alone are bytes.
-  - Anything else is an error that says what was given.
-options:
-  _input:
-    description: The size, text or a whole number.
-    type: raw
-    required: true
-"""
+# Each filter is documented in the .yml file of its name beside this one: a file has room for one DOCUMENTATION only.
 
 
 def _asked(call: Callable[..., Any], *arguments: Any) -> Any:

@@ -19,6 +19,7 @@ from ..errors import ReapError
 
 MEMINFO = Path("/proc/meminfo")
 SERVICE_STATE = Path("/run/reap/service.json")
+HOST_MEMORY_FILE = Path("/var/lib/reap/host-memory.json")
 
 _NEEDED = ("MemTotal", "MemAvailable")
 
@@ -57,7 +58,7 @@ class HostMemory:
         cls,
         meminfo: Path = MEMINFO,
         service_state: Path = SERVICE_STATE,
-        remembered_file: Path | None = None,
+        remembered_file: Path | None = HOST_MEMORY_FILE,
         *,
         total: int | None = None,
         available: int | None = None,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..errors import ReapError
 from ..sizes import to_bytes
+from .host import HOST_MEMORY_FILE
 
 Basis = Literal["measured", "derived", "estimated"]
 Verdict = Literal["fits", "tight", "refuse"]
@@ -94,7 +95,7 @@ class FitRequest:
     gpu_memory_utilization: float | None = None
     profile: str | None = None
     enforce: bool = True
-    host_memory_file: str = "/var/lib/reap/host-memory.json"
+    host_memory_file: str = str(HOST_MEMORY_FILE)
 
     @property
     def floor_bytes(self) -> int:
@@ -156,13 +157,8 @@ class FitRequest:
             gpu_memory_utilization=utilization,
             profile=_text(given, "profile"),
             enforce=_yes(given, "enforce", True),
-            host_memory_file=_text(given, "host_memory_file") or cls.host_memory_file_default(),
+            host_memory_file=_text(given, "host_memory_file") or str(HOST_MEMORY_FILE),
         )
-
-    @classmethod
-    def host_memory_file_default(cls) -> str:
-        """The path a request has that names none."""
-        return str(next(item.default for item in fields(cls) if item.name == "host_memory_file"))
 
 
 @dataclass(frozen=True, slots=True)
