@@ -128,7 +128,7 @@ def echoes(content: str, prompt: str, width: int = 48) -> bool:
     return any(prompt[i : i + width] in content for i in range(0, len(prompt) - width + 1, width // 2))
 
 
-def repetition(text: str, words: int = 6, limit: float = 0.3) -> str | None:
+def repetition(text: str, words: int = 6, limit: float = 0.15) -> str | None:
     """Collapse into a loop: what share of the runs of so many words are repeats. None when it is below the limit."""
     tokens = text.split()
     if len(tokens) < 40:

@@ -26,8 +26,9 @@ def _phrases(text: str) -> list[str]:
 
 
 _SYLLABLES = _phrases("""
-    ka; lo; mi; ren; tas; vel; dor; nim; gal; hes; bru; fen; sil; tor; wen; yar; zul; pex; oro; ist; aum; cer; lin; mar;
-    nov; pol; rud; sem; tav; und""")
+    ka; lo; mi; ren; tas; vel; dor; nim; gal; hes; bru; fen; sil; tor; wen; yar; zul; pex; oro; ist; aum; cer; lin;
+    mar; nov; pol; rud; sem; tav; und; bex; cho; dri; ek; fa; gwi; hul; ira; jor; kyn; lud; mop; nef; oth; pra; quo; sku;
+    thy; ub; vam; wix; xen; yot; zir; ash; bol; cru; dag; elm; fip; gor; hap""")
 _PEOPLE = _phrases("""
     a surveyor; the night guard; our pilot; a retired clerk; the baker's sister; one engineer; an archivist; the diver;
     her cousin; a young botanist; the ferry captain; a watchmaker; the tenant upstairs; an auctioneer; the violinist;
@@ -57,6 +58,7 @@ def filler_sentence(rng: random.Random) -> str:
     """One sentence, 15 to 30 words, ending in a full stop."""
     who, verb, things = rng.choice(_PEOPLE), rng.choice(_VERBS), rng.choice(_THINGS)
     name, town = invented_name(rng), invented_name(rng)
+    things = f"{invented_name(rng).lower()} {things}"
     count, price, year = rng.randint(11, 9876), rng.randint(2, 980), rng.randint(1612, 1988)
     place, when = rng.choice(_PLACES), rng.choice(_TIMES)
     forms = (
@@ -98,14 +100,12 @@ class Prompt:
 
 
 def _compose(head: str, sentences: Sequence[str], pad: str, needles: Sequence[Needle], question: str) -> Messages:
-    """Filler with the needles between its sentences. Several needles keep their order of depth."""
+    """Filler with the needles between its sentences in order of depth, and the padding at its end."""
     parts = list(sentences)
-    if pad:
-        parts.append(pad)
     # From the back, so that a needle does not move the places of those before it.
     for needle in sorted(needles, key=lambda item: item.depth, reverse=True):
         parts.insert(round(needle.depth * len(sentences)), needle.sentence)
-    return [{"role": "user", "content": f"{head}\n\n{' '.join(parts)}\n\n{question}"}]
+    return [{"role": "user", "content": f"{head}\n\n{' '.join(parts)}{pad}\n\n{question}"}]
 
 
 def build_prompt(
@@ -155,32 +155,43 @@ def build_prompt(
     return Prompt(messages, wanted, tokens, tokens == wanted, "tokenizer", list(needles))
 
 
+# Cheap endings, tried in turn: each costs a token at most in a vocabulary that falls back to bytes, and where one melts
+# into what stands before it, the next does not.
+_PADDING = (" 7", ".", " x", "!", "7", " -", "q", "?")
+
+
 def _pad_to(
     wanted: int, number: int, tokens: int, size: Callable[[int, str], int], rng: random.Random
 ) -> tuple[str, int]:
-    """Close the last gap, smaller than a sentence, with words and then single characters.
+    """Close the last gap, smaller than a sentence, with words and then with single characters.
 
     Returns:
-        The padding and the number of tokens with it. One character costs one token at most in every tokenizer that
-        falls back to bytes, so the gap closes unless a merge swallows each of the characters tried.
+        The padding and the number of tokens with it.
     """
     pad = ""
-    for _ in range(24):
+    for _ in range(12):
         gap = wanted - tokens
         if gap < 12:
             break
-        # A word of these is one token to six; half the gap cannot overshoot by much and halves each round.
-        longer = " ".join(filter(None, [pad, *(rng.choice(_THINGS).split()[0] for _ in range(max(1, gap // 8)))]))
+        # Each of these words is one token to seven, so this many do not overshoot.
+        longer = pad + "".join(f" {rng.choice(_THINGS).split()[0]}" for _ in range(max(1, gap // 8)))
         measured = size(number, longer)
         if measured > wanted:
             break
         pad, tokens = longer, measured
-    for piece in (" 7", " x", ".", " q", "7", "\n", "§", "-") * 8:
-        if tokens == wanted:
+    refused = 0
+    for turn in range(160):
+        if tokens == wanted or refused == len(_PADDING):
             break
+        # Several at once while the gap is wide, so that a prompt of 200k tokens is not measured dozens of times.
+        several = max(1, (wanted - tokens) // 3)
+        piece = "".join(_PADDING[(turn + index) % len(_PADDING)] for index in range(several))
         measured = size(number, pad + piece)
-        if tokens < measured <= wanted:
-            pad, tokens = pad + piece, measured
+        # One that costs nothing is kept as well: in a vocabulary with merges the next one then does.
+        if measured <= wanted:
+            pad, tokens, refused = pad + piece, measured, 0
+        else:
+            refused += 1
     return pad, tokens
 
 

@@ -76,8 +76,9 @@ def judge(
             failures.append(f"{result.name}: nothing was checked")
     for row in comparison:
         if row["state"] == "too-slow":
+            unit = row["unit"]
             failures.append(
-                f"{row['name']}: found {row['found']:.4g} {row['unit']}, published {row['reference']:.4g}: "
+                f"{row['name']}: found {row['found']:.4g} {unit}, published {row['reference']:.4g} {unit}: "
                 f"{row['speed']:.0%} of the published speed, wanted at least {fail_below:.0%}"
             )
     distance = memory.get("distance_to_floor_kb") if memory else None
