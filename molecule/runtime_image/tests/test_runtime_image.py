@@ -186,13 +186,24 @@ def test_credentials_stay_nowhere(host: Host) -> None:
     assert found.stdout == ""
 
 
-def test_a_killed_pull_leaves_what_was_there_and_the_next_run_ends_it(host: Host) -> None:
-    keep = host.check_output("docker inspect --format '{{.Id}}' reap-base:" + FACTS["digest"][7:19])
-    host.check_output(f"docker tag {keep} kept:name && docker rmi -f {FACTS['reference']}@{FACTS['digest']}")
-    words = shlex.join([REAP, "image", "base", "--base", json.dumps({**PINNED, "id": ""})])
-    host.run(f"timeout --signal=KILL 0.3 {words}")
-    assert host.check_output("docker inspect --format '{{.Id}}' kept:name") == keep
-    rc, said = ensure(host, id="")
+def test_a_pull_that_is_cut_off_leaves_what_was_there_and_the_next_run_ends_it(
+    host: Host, tiny: dict[str, str]
+) -> None:
+    host.check_output("docker load -i /tmp/tiny.tar && docker tag tiny:one reap-runtime:served")
+    served = host.check_output("docker inspect --format '{{.Id}}' reap-runtime:served")
+    host.check_output(f"docker rmi -f {FACTS['id']}")
+    assert host.run(f"docker inspect {FACTS['id']}").rc != 0
+    progress = "/tmp/pull.json"
+    words = shlex.join([REAP, "image", "base", "--base", json.dumps(PINNED), "--progress", progress])
+    # Cut off as soon as a good part of the first layers has come.
+    done = f'python3 -c \'import json; assert json.load(open("{progress}"))["done"] > 20e6\' 2>/dev/null'
+    wait = f"until {done}; do kill -0 $pull || exit 7; done"
+    cut = f"rm -f {progress}; {words} & pull=$!; {wait}; kill -9 $pull; wait $pull"
+    assert host.run(cut).rc == 137
+    assert host.run(f"docker inspect {FACTS['reference']}@{FACTS['digest']}").rc != 0
+    assert host.check_output("docker inspect --format '{{.Id}}' reap-runtime:served") == served
+    rc, said = ensure(host)
     assert rc == 0, said
-    assert host.run(f"docker inspect {FACTS['reference']}@{FACTS['digest']}").rc == 0
-    host.run("docker rmi kept:name")
+    assert (said["changed"], said["base"]["source"]) == (True, "registry")
+    assert host.check_output("docker inspect --format '{{.Id}}' reap-runtime:served") == served
+    host.run("docker rmi reap-runtime:served")
