@@ -113,7 +113,11 @@ def site(host: str, model: str, stages: Stages) -> ansible_runner.Runner:
             project_dir=str(ROOT),
             playbook=str(ROOT / "site.yml"),
             cmdline=" ".join([*inventory, "-l", host, "-e", f"'{json.dumps(extra)}'"]),
-            envvars={"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "REAP_PROGRESS": "log"},
+            envvars={
+                "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "REAP_PROGRESS": "log",
+            },
             event_handler=stages.event,
             settings={"suppress_env_files": True},
         )
