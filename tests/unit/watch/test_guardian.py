@@ -169,6 +169,7 @@ def test_a_crossed_floor_kills_the_container_and_leaves_evidence_and_a_hold(host
     process = serving(host)
     host.set_memory(310_000)
     host.await_killed(process)
+    await_true(lambda: host.events("kill"), "the kill in the events file")
     (kill,) = host.events("kill")
     assert kill["mem_available_kb"] == 310_000
     assert "kill: MemAvailable" in kill["reason"]
@@ -238,6 +239,7 @@ def test_without_a_supervisor_a_slow_crossing_is_a_kill(host: Host) -> None:
     await_true(lambda: host.state().get("phase") == "serving", "the phase")
     host.set_memory(FLOOR - 5_000)
     host.await_killed(process)
+    await_true(lambda: host.events("kill"), "the kill in the events file")
     assert "no supervisor" in host.events("kill")[0]["reason"]
 
 

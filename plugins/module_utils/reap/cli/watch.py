@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import ReapError
 from ..watch import series
-from ..watch.config import load
+from ..watch.config import Settings, load
 from ..watch.loop import Guardian
 from ..watch.state import read_boot_id, read_json
 
@@ -26,16 +26,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0; 1 when a replayed series did not meet its expectations or there is nobody to lift for."""
+    """Returns 0; 1 when the settings do not fit profile or host, or a replayed series did not go as expected."""
     if args.replay is not None:
         return _replay(args.replay)
     settings = load(args.config)
     if args.check:
-        print(f"{args.config}: good")
-        return 0
+        return _check(settings, args.config)
     if args.lift:
         return _lift(settings.paths.state)
     return Guardian(settings, dict(os.environ)).run()
+
+
+def _check(settings: Settings, path: Path) -> int:
+    # Only here: the guarding process does not need it and would carry it in locked memory.
+    from ..watch.fitcheck import floor_problems
+
+    problems = floor_problems(settings)
+    for problem in problems:
+        print(problem if settings.enforce_fit else f"not enforced: {problem}")
+    if problems and settings.enforce_fit:
+        return 1
+    print(f"{path}: good")
+    return 0
 
 
 def _replay(path: Path) -> int:

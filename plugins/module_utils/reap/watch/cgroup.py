@@ -77,34 +77,35 @@ def _is_inner(path: str, own: str | None) -> bool:
 
 
 class Target:
-    """One container that can be killed; its control files are held open from the moment it is known."""
+    """One container that can be killed; ``cgroup.kill`` is held open from the moment it is known.
+
+    ``cgroup.procs`` is not: on cgroup v1 a descriptor that is read more often than once a second keeps answering with
+    the list it made first (kernel/cgroup/cgroup-v1.c, cgroup_pidlist_start), so processes that ended stay in it.
+    """
 
     def __init__(self, identity: str, folder: Path) -> None:
         self.identity = identity
         self.folder = folder
-        self._procs = os.open(folder / "cgroup.procs", os.O_RDONLY | os.O_CLOEXEC)
+        self._procs = str(folder / "cgroup.procs")
+        os.close(os.open(self._procs, os.O_RDONLY | os.O_CLOEXEC))
         self._kill = -1
         with contextlib.suppress(OSError):
             self._kill = os.open(folder / "cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
         self._own_pid = os.getpid()
 
     def close(self) -> None:
-        """Give the descriptors back."""
-        for fd in (self._procs, self._kill):
-            if fd >= 0:
-                os.close(fd)
-        self._procs = self._kill = -1
+        """Give the descriptor back."""
+        if self._kill >= 0:
+            os.close(self._kill)
+        self._kill = -1
 
     def processes(self) -> list[int]:
         """Process ids in the container's own cgroup; empty when it is gone."""
-        try:
-            return [int(word) for word in os.pread(self._procs, _READ, 0).split()]
-        except (OSError, ValueError):
-            return []
+        return _processes_of(self._procs)
 
     def alive(self) -> bool:
         """Whether a process is left in the cgroup or below it."""
-        return bool(self.processes()) or any(_processes_of(folder) for folder in _below(self.folder))
+        return bool(self.processes()) or any(map(_processes_of, _below(self.folder)))
 
     def kill(self) -> int:
         """Send one round of kills. Returns the number of processes that were there to be killed."""
@@ -113,8 +114,8 @@ class Target:
             with contextlib.suppress(OSError):
                 os.write(self._kill, b"1")
                 return len(pids)
-        for folder in _below(self.folder):
-            pids += _processes_of(folder)
+        for procs in _below(self.folder):
+            pids += _processes_of(procs)
         killed = 0
         for pid in pids:
             # Pid 0 stands for a process of a namespace this one cannot see; kill(0) would mean this very group.
@@ -125,21 +126,28 @@ class Target:
         return killed
 
 
-def _below(folder: Path) -> list[Path]:
-    found: list[Path] = []
-    stack = [folder]
+def _below(folder: Path) -> list[str]:
+    """The cgroup.procs files of the groups below a group."""
+    found: list[str] = []
+    stack = [str(folder)]
     while stack:
         try:
-            entries = [Path(entry.path) for entry in os.scandir(stack.pop()) if entry.is_dir(follow_symlinks=False)]
+            inner = [entry.path for entry in os.scandir(stack.pop()) if entry.is_dir(follow_symlinks=False)]
         except OSError:
             continue
-        found += entries
-        stack += entries
+        found += [f"{path}/cgroup.procs" for path in inner]
+        stack += inner
     return found
 
 
-def _processes_of(folder: Path) -> list[int]:
+def _processes_of(procs: str) -> list[int]:
     try:
-        return [int(word) for word in (folder / "cgroup.procs").read_bytes().split()]
+        fd = os.open(procs, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return []
+    try:
+        return [int(word) for word in os.read(fd, _READ).split()]
     except (OSError, ValueError):
         return []
+    finally:
+        os.close(fd)

@@ -43,6 +43,9 @@ class Settings:
     series_minutes: int = 5
     keep_bundles: int = 20
     events_max_bytes: int = 10 * 1024 * 1024
+    enforce_fit: bool = True
+    # What memory_fit is asked when the settings are checked (keys of reap.memory.FitRequest); None: it is not asked.
+    fit: dict[str, Any] | None = None
 
 
 def load(path: Path) -> Settings:
@@ -68,17 +71,20 @@ def from_dict(data: dict[str, Any], name: str) -> Settings:
     raw_paths = data.pop("paths", {})
     if not isinstance(raw_paths, dict):
         raise ReapError(f"{name}: [paths] is {raw_paths!r}, wanted a table of paths")
+    fit = data.pop("fit", None)
+    if fit is not None and not isinstance(fit, dict):
+        raise ReapError(f"{name}: [fit] is {fit!r}, wanted a table")
     limit_values: dict[str, Any] = {}
     other_values: dict[str, Any] = {}
     limit_kinds = {f.name: _kind(str(f.type)) for f in fields(Limits)}
-    other_kinds = {f.name: _kind(str(f.type)) for f in fields(Settings) if f.name not in ("limits", "paths")}
+    other_kinds = {f.name: _kind(str(f.type)) for f in fields(Settings) if f.name not in ("limits", "paths", "fit")}
     for key, value in data.items():
         if key in limit_kinds:
             limit_values[key] = _checked(name, key, value, limit_kinds[key])
         elif key in other_kinds:
             other_values[key] = _checked(name, key, value, other_kinds[key])
         else:
-            known = ", ".join(sorted([*limit_kinds, *other_kinds, "paths"]))
+            known = ", ".join(sorted([*limit_kinds, *other_kinds, "paths", "fit"]))
             raise ReapError(f"{name}: unknown setting {key!r} (there are: {known})")
     if "floor_kb" not in limit_values:
         raise ReapError(f"{name}: floor_kb is missing; it is MemAvailable in kB, for instance 8388608 for 8 GiB")
@@ -93,7 +99,7 @@ def from_dict(data: dict[str, Any], name: str) -> Settings:
         if not isinstance(value, str) or not value.startswith("/"):
             raise ReapError(f"{name}: paths.{key} is {value!r}, wanted an absolute path")
         paths[key] = Path(value)
-    settings = Settings(limits=Limits(**limit_values), paths=Paths(**paths), **other_values)
+    settings = Settings(limits=Limits(**limit_values), paths=Paths(**paths), fit=fit, **other_values)
     _check_order(settings, name)
     return settings
 

@@ -478,6 +478,8 @@ class Policy:
         floor_kb = self._floor_of(phase) if target is not None else None
         if floor_kb is None or target == self.carried.stopped_target or self._deadline is not None:
             return Action.NONE
+        if available_kb < floor_kb:
+            return Action.NONE
         if available_kb < floor_kb + limits.warn_margin_kb:
             if not self._warned and now - self._last_warn >= WARN_AGAIN_S:
                 self._warned, self._last_warn = True, now
