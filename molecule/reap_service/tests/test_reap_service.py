@@ -21,6 +21,8 @@ NAME = "reap-service"
 KEY = "only-of-this-scenario"
 CONFIG = "/etc/reap/service.json"
 AWAIT_S = 400.0
+# sudo logs what the tests run: the key itself must not be in it.
+HEADERS = """-H 'Content-Type: application/json' -H "Authorization: Bearer $(cat /etc/reap/api-key)\""""
 URL = "http://127.0.0.1:8000/v1/chat/completions"
 REQUEST = json.dumps({"model": "Needle-Sim", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8})
 
@@ -48,9 +50,7 @@ class Service:
         return self.run(f"systemctl show -p {name} --value reap.service").strip()
 
     def answers(self) -> bool:
-        key = f"-H 'Authorization: Bearer {KEY}'"
-        header = f"-H 'Content-Type: application/json' {key}"
-        done = self._host.run(f"curl -sf -m 60 {header} -d '{REQUEST}' {URL}")
+        done = self._host.run(f"curl -sf -m 60 {HEADERS} -d '{REQUEST}' {URL}")
         return done.rc == 0 and json.loads(done.stdout)["usage"]["completion_tokens"] > 0
 
     def await_serving(self, not_container: str | None = None) -> None:
@@ -113,7 +113,9 @@ def test_the_key_is_asked_for_and_told_nowhere(service: Service, host: Host) -> 
     assert host.file("/etc/reap/api-key").mode == 0o600
     assert KEY not in service.run("ps -eww -o args | grep -v [o]nly-of")
     assert KEY not in service.run("systemctl cat reap.service; journalctl -b -o cat; systemctl status reap.service")
-    held = service.run(f"grep -rl -- {KEY} /etc /run/reap /var/lib/reap /opt/reap --exclude-dir=cache", good=(0, 1))
+    held = service.run(
+        "grep -rlF -f /etc/reap/api-key /etc /run/reap /var/lib/reap /opt/reap --exclude-dir=cache", good=(0, 1)
+    )
     assert held.split() == ["/etc/reap/api-key"]
 
 
@@ -140,10 +142,9 @@ def test_a_killed_supervisor_leaves_no_orphan_and_comes_back(service: Service) -
 def test_a_wedged_engine_is_found_and_replaced(service: Service) -> None:
     before = service.state()["container_id"]
     service.run("pkill -STOP -f '[V]LLM::Engine'")
-    header = f"-H 'Content-Type: application/json' -H 'Authorization: Bearer {KEY}'"
-    service.run(f"(curl -s -m 300 {header} -d '{REQUEST}' {URL} >/dev/null 2>&1 &)")
+    service.run(f"(curl -s -m 300 {HEADERS} -d '{REQUEST}' {URL} >/dev/null 2>&1 &)")
     service.await_serving(not_container=before)
-    assert "wedged: 1 requests run" in service.run("journalctl -u reap -o cat")
+    assert "wedged: a request waits and nothing moved" in service.run("journalctl -u reap -o cat")
 
 
 def test_a_taken_port_leaves_what_serves(service: Service) -> None:
@@ -164,12 +165,15 @@ def test_a_stop_with_a_client_that_never_reads_ends_and_leaves_nothing(service: 
     body = json.dumps(
         {"model": "Needle-Sim", "messages": [{"role": "user", "content": "go on"}], "max_tokens": 30000, "stream": True}
     )
-    request = f"POST /v1/chat/completions HTTP/1.1\\r\\nHost: x\\r\\nAuthorization: Bearer {KEY}\\r\\n"
-    request += f"Content-Type: application/json\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n"
-    client = (
-        f"import socket, time; s = socket.create_connection(('127.0.0.1', 8000)); s.sendall(b'''{request}{body}'''); "
-    )
-    client += "time.sleep(600)"
+    head = "POST /v1/chat/completions HTTP/1.1\\r\\nHost: x\\r\\nContent-Type: application/json\\r\\n"
+    head += f"Content-Length: {len(body)}\\r\\nAuthorization: Bearer "
+    client = f"""
+import pathlib, socket, time
+text = '{head}' + pathlib.Path('/etc/reap/api-key').read_text().strip() + '\\r\\n\\r\\n' + '{body}'
+connection = socket.create_connection(('127.0.0.1', 8000))
+connection.sendall(text.encode())
+time.sleep(600)
+"""
     service.run(f"cat > /tmp/client.py <<'EOF'\n{client}\nEOF\nsystemd-run --unit=client python3 /tmp/client.py")
     busy = "curl -s http://127.0.0.1:8000/metrics | grep -E '^vllm:num_requests_(running|waiting).* [1-9]'"
     await_true(lambda: service.run(busy, good=(0, 1)), "the request")

@@ -121,7 +121,27 @@ def test_a_wedged_engine_is_found(bench: Bench) -> None:
     process = bench.start()
     bench.await_phase("serving")
     assert end(process) == FAILED
-    assert "wedged: 1 requests run" in bench.state()["detail"]
+    assert "wedged: a request waits and nothing moved" in bench.state()["detail"]
+
+
+def test_an_engine_that_stopped_while_idle_is_found(bench: Bench) -> None:
+    """Its metrics show no request then: only asking tells."""
+    bench.image("good", deaf=True)
+    bench.configure(timings={"stall_s": 1})
+    process = bench.start()
+    bench.await_phase("serving")
+    assert end(process) == FAILED
+    assert "wedged: a request waits and nothing moved" in bench.state()["detail"]
+
+
+def test_an_idle_engine_that_answers_is_left_alone(bench: Bench) -> None:
+    bench.configure(timings={"stall_s": 1})
+    process = bench.start()
+    bench.await_phase("serving")
+    with pytest.raises(AssertionError, match="not within"):
+        until(lambda: process.poll() is not None, "an end", 4)
+    process.terminate()
+    assert end(process) == STOPPED
 
 
 def test_a_busy_engine_that_moves_is_left_alone(bench: Bench) -> None:

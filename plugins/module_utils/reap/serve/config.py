@@ -40,7 +40,8 @@ class Timings:
     """Wait before the first restart; doubled at each further failure up to ``backoff_max_s``."""
     backoff_max_s: int = 300
     stall_s: int = 300
-    """Requests run and no token was counted for so long: the engine is wedged. 0 switches the check off."""
+    """A request waits and nothing moves in the metrics for so long: the engine is wedged. A quiet engine is asked for
+    a few tokens as often. 0 switches the check off."""
 
     def backoff(self, failures: int) -> int:
         """Seconds to wait before a start that follows so many failures in the window."""

@@ -29,7 +29,7 @@ from .failure import Failure, Restarts, Stopped
 from .generations import Generations
 from .host import drop_page_cache, key_mtime_ns, mem_available_kb, port_taken, require_parts
 from .notify import Notifier
-from .probe import Activity, Endpoint
+from .probe import Endpoint
 from .progress import LoadProgress
 from .state import ServiceState, read_json, write_json, write_text
 
@@ -336,11 +336,16 @@ class Supervisor:
     # ---- serving -------------------------------------------------------------------------------------------------
 
     def _watch(self, config: ServiceConfig, key: str | None) -> None:
-        """Until the container ends, a stop is asked for, or the engine stands still with requests in it."""
+        """Until the container ends, a stop is asked for, or the engine stands still with a request to answer.
+
+        An engine that stopped while it was idle reports no request, however many wait in the API server: vLLM counts
+        what the engine last told. So a quiet engine is asked for a few tokens now and then.
+        """
         endpoint = Endpoint(config.endpoint, key)
-        last: Activity | None = None
-        moved = time.monotonic()
+        position: tuple[int, float] | None = None
+        moved = waiting_since = time.monotonic()
         looked = 0.0
+        asking: threading.Thread | None = None
         while True:
             self._raise_if_over()
             now = time.monotonic()
@@ -349,12 +354,21 @@ class Supervisor:
                 looked = now
                 self._note_segments()
                 activity = endpoint.activity()
-                # A server that does not even give its metrics while it is alive is wedged like one that stands still.
-                if activity is not None and (not activity.busy or last is None or activity.position != last.position):
-                    last, moved = activity, now
-                elif now - moved > stall_s:
-                    seen = f"{activity.running} requests run" if activity else "/metrics does not answer"
-                    raise Failure(f"wedged: {seen} and no token was counted for {now - moved:.0f} s", blames=False)
+                if activity is not None and activity.position != position:
+                    position, moved = activity.position, now
+                # A server that lives and does not even give its metrics is wedged like one that stands still.
+                asked = asking is not None and asking.is_alive()
+                if activity is not None and not activity.busy and not asked:
+                    waiting_since = now
+                    if now - moved > stall_s:
+                        asking = threading.Thread(
+                            target=endpoint.fault, args=(config.served_model_name, 2.0 * stall_s), daemon=True
+                        )
+                        asking.start()
+                elif now - max(moved, waiting_since) > stall_s:
+                    what = "/metrics does not answer" if activity is None else "a request waits"
+                    idle_s = now - max(moved, waiting_since)
+                    raise Failure(f"wedged: {what} and nothing moved for {idle_s:.0f} s", blames=False)
             self._stop_asked.wait(self._tick_s)
 
     def _note_segments(self) -> None:

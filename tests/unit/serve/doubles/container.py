@@ -1,7 +1,8 @@
 """A double of the model container: prints a load's log, then speaks enough of vLLM's HTTP for the supervisor.
 
 First argument, JSON: {"log": [lines], "exit": status after the log, "never_ready": true, "answers": false,
-"stubborn": true (ignores SIGTERM), "busy": true (a request always runs), "wedged": true (and nothing moves)}.
+"stubborn": true (ignores SIGTERM), "busy": true (a request always runs), "wedged": true (and nothing moves),
+"deaf": true (answers one request; then shows no request, moves nothing and never answers)}.
 The rest is the command line of the server; --port and --served-model-name are read from it.
 """
 
@@ -18,12 +19,13 @@ port = int(arguments[arguments.index("--port") + 1])
 model = arguments[arguments.index("--served-model-name") + 1]
 key = os.environ.get("VLLM_API_KEY")
 moved = [0]
+asked = [0]
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/metrics":
-            moved[0] += 0 if behaviour.get("wedged") else 1
+            moved[0] += 0 if behaviour.get("wedged") or behaviour.get("deaf") or not behaviour.get("busy") else 1
             busy = 1 if behaviour.get("busy") or behaviour.get("wedged") else 0
             self.reply(200, f"vllm:num_requests_running{{e=\"0\"}} {busy}.0\n"
                        f"vllm:generation_tokens_total{{e=\"0\"}} {moved[0]}.0\n")  # fmt: skip
@@ -34,6 +36,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
+        asked[0] += 1
+        if behaviour.get("deaf") and asked[0] > 1:
+            threading.Event().wait()
+        moved[0] += 8
         tokens = 0 if behaviour.get("answers") is False else 8
         self.guarded({"choices": [{"message": {"content": None}}], "usage": {"completion_tokens": tokens}})
 
