@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import sys
@@ -107,6 +108,13 @@ def _machine_mode() -> bool:
     return bool(read_json(CACHE / "engine.json", {}).get("mode") == "machine")
 
 
+def check_owner() -> None:
+    """Refuses where another user made the cache: its files or the engine's socket would be closed to one of the two."""
+    if CACHE.exists() and CACHE.stat().st_uid != os.geteuid():
+        owner = CACHE.owner()
+        raise SimError(f"{CACHE} belongs to {owner}, this is user {os.geteuid()}: run as {owner}, or remove it")
+
+
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -119,6 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     top = parser()
     options = top.parse_args(arguments)
     try:
+        check_owner()
         if options.command == "build":
             build.build(options.parts)
         elif options.command == "up":

@@ -129,7 +129,8 @@ def ensure(engine: Engine, kind: str) -> str:
         docker = [*docker_packages(), *EXTRA_DOCKER_PACKAGES] if kind == "host-preinstalled" else []
         packages = HOST_PACKAGES + docker
         customize = HERE / "host" / "customize.sh"
-    with tempfile.TemporaryDirectory(prefix=f"{prefix()}-") as name:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix="lab-") as name:
         lab = Path(name)
         lab_settings(lab)
         lab_files = [path for path in sorted(lab.rglob("*")) if path.is_file()]
