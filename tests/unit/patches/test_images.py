@@ -171,6 +171,28 @@ def test_a_patched_image_of_another_base_or_of_failed_tests_is_not_current() -> 
         assert current(**{key: "other"}) is None, key
 
 
+@pytest.mark.parametrize(
+    ("available_gib", "gpus", "watchdog", "refused"),
+    [
+        (9.0, True, '{"floor_kb": 8388608}', True),  # a Spark that serves K144
+        (13.0, True, '{"floor_kb": 8388608}', False),
+        (11.0, False, '{"floor_kb": 8388608}', False),
+        (1.0, True, "", False),  # nothing is guarded, so nothing is served
+        (1.0, True, "{broken", False),
+    ],
+)
+def test_a_self_test_does_not_cost_the_model_that_is_served(
+    available_gib: float, gpus: bool, watchdog: str, refused: bool
+) -> None:
+    build = derived.Build.of({"name": "reap-runtime:x", "patch_set": "p" * 64, "identity": DIGEST, "gpus": gpus})
+    meminfo = f"MemTotal: 127000000 kB\nMemAvailable: {int(available_gib * 2**20)} kB\n"
+    if refused:
+        with pytest.raises(ReapError, match="stop the service"):
+            derived.check_memory(build, meminfo, watchdog)
+    else:
+        derived.check_memory(build, meminfo, watchdog)
+
+
 def test_log_frames_are_put_together() -> None:
     frames = b"\x01\0\0\0\0\0\0\x03abc" + b"\x02\0\0\0\0\0\0\x01d"
     assert demultiplex(frames) == "abcd"

@@ -31,6 +31,11 @@ PROGRAM_IN_IMAGE = "/opt/reap/bin/reap"
 REPORT_IN_IMAGE = "/opt/reap/patch-report.json"
 APPLY_TIMEOUT_S = 600.0
 SELFTEST_TIMEOUT_S = 900.0
+# What the self-test takes while a model may be served: torch and vllm in memory (0.5 GiB measured on the CPU build),
+# and with a GPU its context and vLLM's kernel libraries on top (estimated; on a Spark that is the same memory).
+SELFTEST_KB = 1024 * 1024
+SELFTEST_GPU_KB = 2 * 1024 * 1024
+WATCHDOG_STATE = Path("/run/reap/watchdog.json")
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ def ensure(engine: Engine, build: Build, base: Found, program: Path, progress: P
     found = current(engine, build, base)
     if found:
         return {"image": build.name, "id": found, "report": None, "pruned": []}, False
+    check_memory(build, _read(Path("/proc/meminfo")), _read(WATCHDOG_STATE))
     for step in ("apply", "image", "selftest"):
         engine.remove_container(f"{WORK}-{step}")
     work: list[str] = []
@@ -233,6 +239,39 @@ def _apply(engine: Engine, build: Build, base: Found, program: bytes, work: list
             member.size, member.mode = len(data), mode
             archive.addfile(member, io.BytesIO(data))
     return report, buffer.getvalue()
+
+
+def check_memory(build: Build, meminfo: str, watchdog: str) -> None:
+    """Refuse a self-test that would push a host below its watchdog's floor and so stop the model that is served.
+
+    Args:
+        meminfo: /proc/meminfo.
+        watchdog: the watchdog's state as JSON, empty where none runs.
+
+    Raises:
+        ReapError: too little is available above the floor.
+    """
+    try:
+        floor = int(json.loads(watchdog).get("floor_kb") or 0)
+    except (ValueError, AttributeError, TypeError):
+        floor = 0
+    match = re.search(r"^MemAvailable:\s+(\d+)", meminfo, re.MULTILINE)
+    if not floor or not match:
+        return
+    needed = SELFTEST_KB + (SELFTEST_GPU_KB if build.gpus else 0)
+    available = int(match[1])
+    if available - needed < floor:
+        raise ReapError(
+            f"{available} kB are available and the self-test of a new image takes about {needed} kB, which would cross "
+            f"the watchdog's floor of {floor} kB: stop the service for the build (playbooks/stop.yml), then run again"
+        )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def _selftest(engine: Engine, build: Build, candidate: str, work: list[str]) -> dict[str, Any]:

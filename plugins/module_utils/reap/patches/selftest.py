@@ -9,6 +9,7 @@ import importlib
 import importlib.metadata
 import math
 import random
+import resource
 from typing import Any
 
 FUNCTION = "vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router"
@@ -136,7 +137,8 @@ def run() -> dict[str, Any]:
 
     Returns:
         ok, device, versions, router variant, refused (expert counts that the fused kernel did not take),
-        cases [{experts, mode, dtype, index, problem}], cutlass.
+        cases [{experts, mode, dtype, index, problem}], cutlass,
+        peak_rss_kb.
     """
     outcome: dict[str, Any] = {"ok": False, "cases": [], "problem": None}
     try:
@@ -184,6 +186,8 @@ def run() -> dict[str, Any]:
         variant=entry.VARIANT,
         refused=sorted(count for count, _ in entry._refused),
         cutlass=_cutlass(),
+        # kB on Linux (getrusage(2)).
+        peak_rss_kb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     )
     return outcome
 
