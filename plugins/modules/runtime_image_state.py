@@ -18,7 +18,7 @@ options:
     description: The patched image, as C(reap image --build) takes it. Without it only the base is looked for.
     type: dict
   engine_optional:
-    description: A host without an answering engine has no images instead of being an error (check mode on a fresh host).
+    description: A host without an answering engine has no images instead of being an error (fresh host, check mode).
     type: bool
     default: false
 attributes:

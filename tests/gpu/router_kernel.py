@@ -31,8 +31,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "plugins" / "module_utils"))
 
-from reap import patches  # noqa: E402
-from reap.patches.selftest import problem_of, reference_row  # noqa: E402
+from reap import patches
+from reap.patches.selftest import problem_of, reference_row
 
 FOLDER = REPOSITORY / ".cache" / "gpu-proof"
 VLLM = "0.22.0"
