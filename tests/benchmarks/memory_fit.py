@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "plugins/module_utils")]
 
-from tests.support.sparse_checkpoint import write_sparse_checkpoint  # noqa: E402
+from tests.support.sparse_checkpoint import write_sparse_checkpoint
 
 _WORK = {
     "nothing": "pass",

@@ -18,7 +18,7 @@ from ..errors import ReapError
 SUBCOMMANDS = {
     "fit": "say before loading whether a model fits this host's memory",
     "patch": "check or apply the vLLM patches in a site-packages folder",
-    "image": "bring the runtime image to this host, or make the patched one of it",
+    "image": "bring the runtime image to this host, make the patched one of it, or remove both",
     "fetch": "download, verify or import a model revision",
     "serve": "run the model container in the foreground for systemd",
     "watch": "guard the host's memory and stop the model before the host freezes",

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from ..errors import ReapError
-from ..fetch import downloader, engine, store
+from ..fetch import downloader, engine, peers, store
 from ..fetch.hub import Settings
 from ..fetch.progress import Progress
 from ..fetch.state import inspect
@@ -91,6 +91,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"with --prune: keep the model this file names (default: {', '.join(SERVICE_FILES)})",
     )
     parser.add_argument(
+        "--peer", action="append", default=[], metavar="USER@HOST", help="host to take from; repeatable"
+    )
+    parser.add_argument("--peer-key", type=Path, metavar="FILE", help="private key for the peers")
+    parser.add_argument("--peer-known-hosts", type=Path, metavar="FILE", help="the peers' host keys")
+    parser.add_argument("--peer-port", type=int, default=22, metavar="N", help="SSH port of the peers")
+    parser.add_argument("--peer-wait", type=float, default=0, metavar="S", help="wait so long for a peer to begin")
+    parser.add_argument(
+        "--serve-peer",
+        action="store_true",
+        help="answer SSH_ORIGINAL_COMMAND of a receiver: the forced command of its key",
+    )
+    parser.add_argument(
         "--install-downloader", type=Path, metavar="DIR", help="make this virtual environment, nothing else"
     )
     parser.add_argument(
@@ -120,6 +132,10 @@ def run(args: argparse.Namespace) -> int:
             raise ReapError("--requirements is missing")
         print(json.dumps({"changed": downloader.install(args.install_downloader, args.requirements, args.pip_arg)}))
         return 0
+    if args.serve_peer:
+        if args.models is None:
+            raise ReapError("--models is missing")
+        return peers.answer(args.models, os.environ.get("SSH_ORIGINAL_COMMAND", ""))
     if args.list or args.prune:
         return _manage(args)
     for name in ("repo", "revision", "dest"):
@@ -149,6 +165,9 @@ def run(args: argparse.Namespace) -> int:
         offline=args.offline,
         hash_workers=args.hash_workers,
         lock_wait_s=args.lock_wait,
+        peers=peers.Access(
+            tuple(args.peer), args.peer_key, args.peer_known_hosts, args.peer_port, args.peer_wait, args.stall_timeout
+        ),
         settings=Settings(
             python=args.downloader,
             workers=args.workers,

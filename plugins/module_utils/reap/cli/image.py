@@ -1,4 +1,4 @@
-"""`reap image base|patched`: the container images of a host. One JSON object on standard output."""
+"""`reap image base|patched|remove`: the container images of a host. One JSON object on standard output."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..images import base as bases
 from ..images import derived
 from ..images.engine import SOCKET, Engine
 
-HELP = "bring the pinned runtime image to the host, or make the patched one of it"
+HELP = "bring the pinned runtime image to the host, make the patched one of it, or remove both"
 LOCK = Path("/run/lock/reap-image.lock")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
-    parser.add_argument("action", choices=["base", "patched"], help="which of the two images to make sure of")
+    parser.add_argument("action", choices=["base", "patched", "remove"], help="have one of the two, or remove both")
     parser.add_argument("--base", required=True, metavar="JSON", help="identity and sources of the base image")
     parser.add_argument("--build", metavar="JSON", help="what to build on it (action patched)")
     parser.add_argument("--check", action="store_true", help="say what would happen and change nothing")
@@ -63,7 +63,10 @@ def run(args: argparse.Namespace) -> int:
     )
     outcome: dict[str, Any]
     try:
-        if args.check:
+        if args.action == "remove":
+            with _locked():
+                outcome = _remove(engine, spec)
+        elif args.check:
             outcome = _check(engine, spec, build)
         else:
             with _locked():
@@ -82,6 +85,12 @@ def _check(engine: Engine, spec: bases.Spec, build: derived.Build | None) -> dic
         return {"changed": found is None, "base": found.record() if found else None}
     image = derived.current(engine, build, found) if found else None
     return {"changed": image is None, "base": found.record() if found else None, "image": build.name, "id": image}
+
+
+def _remove(engine: Engine, spec: bases.Spec) -> dict[str, Any]:
+    """Take away what the recipe made or brought and no container uses."""
+    gone = [*derived.prune(engine), *bases.prune(engine, spec, derived.bases_in_use(engine))]
+    return {"changed": bool(gone), "removed": gone}
 
 
 def _ensure(

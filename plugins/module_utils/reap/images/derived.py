@@ -145,7 +145,7 @@ def ensure(engine: Engine, build: Build, base: Found, program: Path, progress: P
             engine.remove_container(container)
         if candidate:
             engine.remove_image(candidate)
-    return {"image": build.name, "id": image, "report": report, "pruned": prune(engine, build)}, True
+    return {"image": build.name, "id": image, "report": report, "pruned": prune(engine, build.name, build.keep)}, True
 
 
 def _json(value: Any) -> bytes:
@@ -289,17 +289,21 @@ def _commit(engine: Engine, container: str, labels: Mapping[str, str]) -> str:
     return str(engine.call("POST", "/commit", query=query, body={}, timeout=1800)["Id"])
 
 
-def prune(engine: Engine, build: Build) -> list[str]:
-    """Remove patched images beyond the newest and `keep` older ones; what a container uses stays. Returns the names."""
+def prune(engine: Engine, current: str = "", keep: int = 0) -> list[str]:
+    """Remove patched images beyond the current one and `keep` older ones; what a container uses stays.
+
+    Returns:
+        Names that are gone. Without arguments every patched image goes that no container uses.
+    """
     entries = engine.call("GET", "/images/json", query={"filters": json.dumps({"label": [LABEL_PATCHES]})}) or []
     named = [
         (entry["Created"], name)
         for entry in entries
         for name in entry.get("RepoTags") or []
-        if name.startswith(f"{REPOSITORY}:") and name != build.name
+        if name.startswith(f"{REPOSITORY}:") and name != current
     ]
     gone = []
-    for _, name in sorted(named, reverse=True)[build.keep :]:
+    for _, name in sorted(named, reverse=True)[keep:]:
         if not _in_use(engine, name) and engine.remove_image(name):
             gone.append(name)
     return gone
