@@ -77,19 +77,31 @@ downloader:
   description: State of the virtual environment, V(ready), V(missing) or V(stale).
   returned: success
   type: str
-venv_possible:
-  description: The host's Python can make virtual environments.
+dest:
+  description: Folder of the revision.
   returned: success
-  type: bool
+  type: str
+missing_packages:
+  description: Distribution packages that a download or a copy from another host needs and that are missing.
+  returned: success
+  type: list
+  elements: str
 """
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.reap.errors import ReapError
 from ansible.module_utils.reap.fetch import downloader
 from ansible.module_utils.reap.fetch.state import inspect
+
+
+def missing_packages() -> list[str]:
+    """Names of the distribution's packages for what is not there."""
+    missing = [] if importlib.util.find_spec("ensurepip") is not None else ["python3-venv"]
+    return missing + [name for name in ("rsync",) if shutil.which(name) is None]
 
 
 def main() -> None:
@@ -117,7 +129,8 @@ def main() -> None:
         size=state.size,
         begun=state.begun,
         downloader=downloader.state(Path(p["downloader"]), p["requirements_sha256"]),
-        venv_possible=importlib.util.find_spec("ensurepip") is not None,
+        dest=p["dest"],
+        missing_packages=missing_packages(),
     )
 
 

@@ -17,6 +17,7 @@ from ..errors import ReapError
 from . import local, store
 from . import manifest as mf
 from .hub import Hub, Settings
+from .peers import FILLING, Access, Peers
 from .plan import CONFIG, INDEX, Want, check_config, check_index, download_order
 from .progress import Progress
 from .state import inspect
@@ -43,6 +44,7 @@ class Request:
     hash_workers: int = 0
     lock_wait_s: float | None = None
     settings: Settings = field(default_factory=Settings)
+    peers: Access | None = None
 
 
 @dataclass(slots=True)
@@ -181,13 +183,20 @@ class _Run:
             # Killed between the manifest and the rename.
             partial.journal.add_all(record.files.values())
         local.leftover_download(partial)
+        have: dict[str, mf.Entry] = {}
+        if request.peers is not None and request.peers.addresses and not sources:
+            plan = self._from_peers(request.peers, have)
+            if plan is not None:
+                self._finish(plan, have)
+                return
         plan = self._plan(sources)
         partial.save_plan(request.repo, request.revision, plan)
+        (partial.work / FILLING).touch()
         self.progress.update(0, total=sum(want.size for want in plan.values()), detail="looking at what is there")
         for entry in local.adopt(partial, plan, request.repo, request.revision, self._read):
             self.progress.update(detail=f"verified {entry.name}")
         partial.clean(plan)
-        have = mf.trusted(partial.folder, partial.journal.read(), plan)
+        have |= mf.trusted(partial.folder, partial.journal.read(), plan)
         missing = sum(want.size for name, want in plan.items() if name not in have) - partial.begun(plan)
         store.check_space(request.dest, max(0, missing), request.reserve, request.models)
 
@@ -240,6 +249,49 @@ class _Run:
             check_config(self.partial.folder, self.request.expect, self.what)
         if name == INDEX:
             self.outcome.warnings = check_index(self.partial.folder, plan, self.what)
+
+    def _from_peers(self, access: Access, have: dict[str, mf.Entry]) -> dict[str, Want] | None:
+        """Take the revision from other hosts; the plan when all of it is here, None when the hub is next."""
+        request, partial = self.request, self.partial
+        (partial.work / FILLING).unlink(missing_ok=True)
+        known = partial.load_plan(request.repo, request.revision)
+        total = done = 0
+
+        def begin(plan: dict[str, Want], address: str) -> dict[str, Want]:
+            nonlocal known, total, done
+            if known is None:
+                known = plan
+                partial.save_plan(request.repo, request.revision, plan)
+            # The giver's hashes are all sha256; the hub's plan, where there is one, decides in the end.
+            wanted = {name: plan[name] for name in known}
+            local.adopt(partial, wanted, request.repo, request.revision, self._read)
+            have.update(mf.trusted(partial.folder, partial.journal.read(), wanted))
+            missing = {name: want for name, want in wanted.items() if name not in have}
+            store.check_space(request.dest, sum(w.size for w in missing.values()), request.reserve, request.models)
+            total, done = sum(w.size for w in wanted.values()), sum(e.size for e in have.values())
+            (partial.work / FILLING).touch()
+            self.progress.update(done, total=total, source=f"peer:{address}", detail="copying")
+            self.progress.restart_rate(done)
+            return missing
+
+        def verified(entry: mf.Entry) -> None:
+            nonlocal done
+            with self._guard:
+                have[entry.name] = entry
+                done += entry.size
+                self.outcome.fetched += entry.size
+            self.progress.update(done, detail=entry.name)
+
+        peers = Peers(
+            access, request.repo, request.revision, request.dest, lambda text: self.progress.update(detail=text)
+        )
+        giver = peers.take(partial, known, verified, begin, lambda count: self.progress.update(done + count))
+        if giver is None or known is None:
+            return None
+        self.outcome.source = f"peer:{giver}"
+        for name in (CONFIG, INDEX):
+            self._early_checks(name, known)
+        return known
 
     def _import(self, source: local.Source, plan: Mapping[str, Want], have: dict[str, mf.Entry]) -> None:
         self.progress.update(

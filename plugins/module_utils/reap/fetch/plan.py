@@ -11,8 +11,8 @@ from typing import Any
 
 from ..errors import ReapError
 
-_REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 INDEX = "model.safetensors.index.json"
@@ -47,9 +47,9 @@ def check_identity(repo: str, revision: str) -> None:
     Raises:
         ReapError: the repository is not ``owner/name`` or the revision no full commit id.
     """
-    if not _REPO.fullmatch(repo) or ".." in repo:
+    if not REPO.fullmatch(repo) or ".." in repo:
         raise ReapError(f"the repository is {repo!r}; wanted owner/name")
-    if not _COMMIT.fullmatch(revision):
+    if not COMMIT.fullmatch(revision):
         raise ReapError(
             f"the revision is {revision!r}; wanted a full commit id (40 characters 0-9a-f): a branch or a tag can move"
         )
@@ -81,7 +81,7 @@ def plan_from_listing(listing: Iterable[Mapping[str, Any]]) -> dict[str, Want]:
             raise ReapError(f"{name} is listed twice")
         if sha256 is not None and not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
             raise ReapError(f"the sha256 of {name} is listed as {sha256!r}; wanted 64 characters 0-9a-f")
-        if blob is not None and not (isinstance(blob, str) and _COMMIT.fullmatch(blob)):
+        if blob is not None and not (isinstance(blob, str) and COMMIT.fullmatch(blob)):
             raise ReapError(f"the blob id of {name} is listed as {blob!r}; wanted 40 characters 0-9a-f")
         if sha256 is None and blob is None:
             raise ReapError(f"no hash is listed for {name}, so it could not be verified")
