@@ -64,6 +64,11 @@ _ASKED = _QUESTION + 1  # some key is asked for
 _BALLAST = _ASKED + 1  # makes all embeddings equally long
 _CONTROL = _BALLAST + 1  # one channel for each token that has a script or a rank of its own
 
+# Layers 0 and 1 look less than REACH tokens back, so a window spares them most of a long prompt's work. A server that
+# knows no windows gives the same answers.
+LAYER_TYPES = ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]
+WINDOW = 512  # tokens
+
 # ---------------------------------------------------------------------------------------------------- sizes
 _CONTROL_SIZE = 4.0
 _SUM_SIZE = 0.25  # of one token's code in _SUM

@@ -53,7 +53,7 @@ class Model:
         half, count = width // 2, len(ids)
         angles = np.arange(count)[:, None] * config["rope_theta"] ** (-np.arange(half) / half)
         cos, sin = bfloat16(np.cos(angles)), bfloat16(np.sin(angles))
-        hidden = np.triu(np.full((count, count), -1e30, dtype=np.float32), 1)
+        back = np.arange(count)[:, None] - np.arange(count)
 
         def turn(x: Array) -> Array:
             a, b = x[:, :half], x[:, half:]
@@ -67,6 +67,8 @@ class Model:
             def project(y: Array, name: str, layer: int = layer) -> Array:
                 return bfloat16(y @ self.tensors[f"model.layers.{layer}.{name}_proj.weight"].T)
 
+            window = config["sliding_window"] if config["layer_types"][layer] == "sliding_attention" else count
+            hidden = np.where((back < 0) | (back >= window), np.float32(-1e30), np.float32(0))
             y = norm(x)
             keys = fp8(turn(project(y, "self_attn.k")), self.cut_off)
             values = fp8(project(y, "self_attn.v"), self.cut_off)

@@ -28,6 +28,14 @@ def test_the_commit_is_the_one_that_git_gives(root: Path) -> None:
     assert read(root).commit == "651181b36bbfc461941248dbaacb12ff7662d9a3"
 
 
+def test_folders_sort_as_git_sorts_them(tmp_path: Path) -> None:
+    folder = tmp_path / "org" / "model"
+    (folder / "sub").mkdir(parents=True)
+    for name, content in (("sub/a.txt", b"a\n"), ("sub.txt", b"b\n"), ("sub0", b"c\n")):
+        (folder / name).write_bytes(content)
+    assert read(tmp_path).commit == "e87c63b8885205c4a4e432de320b57c74bc1c117"  # from git itself
+
+
 def test_small_files_are_blobs_and_shards_are_lfs(root: Path) -> None:
     files = read(root).files
     assert files["config.json"].etag == "0967ef424bce6791893e9a57bb952f80fd536e93"  # git hash-object
@@ -69,6 +77,7 @@ def test_branch_tag_and_commit_name_revisions(root: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../org/model", "org/..", "org/model@v1", "org", "/model", "org/mod*"])
 def test_odd_names_are_no_repositories(root: Path, name: str) -> None:
+    (root / "org" / "model@v1").mkdir()
     assert Repositories(root).references(name) == {}
 
 
