@@ -165,8 +165,9 @@ def service_settings(settings: object) -> dict[str, Any]:
 
     Args:
         settings: the fields of :class:`ServiceConfig` except ``served_model_name``, ``arguments``, ``environment`` and
-            ``fit``, which follow from ``profile_data`` (one entry of ``reap_profiles``), and ``fit_enforce`` (false
-            prints the memory gate's refusal without obeying it).
+            ``fit``, which follow from ``profile_data`` (one entry of ``reap_profiles``), ``fit_enforce`` (false
+            prints the memory gate's refusal without obeying it) and ``fit_floor_kb`` (the watchdog's floor in kB, where
+            it is not the profile's).
 
     Returns:
         The checked content, ready to be written as JSON.
@@ -180,6 +181,7 @@ def service_settings(settings: object) -> dict[str, Any]:
     name = str(given.get("profile", "profile"))
     profile = Profile.from_mapping(given.pop("profile_data", None), name)
     enforce = given.pop("fit_enforce", True)
+    floor_kb = given.pop("fit_floor_kb", profile.watchdog_min_available_kb)
     model_dir, cache_dir = str(given.get("model_dir", "")), str(given.get("cache_dir", ""))
     # A mistake here is found below, with all the others.
     host, port = str(given.get("host", "")), given.get("port", 1)
@@ -196,7 +198,7 @@ def service_settings(settings: object) -> dict[str, Any]:
             "max_num_batched_tokens": profile.max_num_batched_tokens,
             "max_num_seqs": profile.max_num_seqs,
             "mtp": profile.speculative is not None,
-            "watchdog_min_available_kb": profile.watchdog_min_available_kb,
+            "watchdog_min_available_kb": floor_kb,
             "engine": "cpu" if profile.hardware == "sim" else "gb10",
             "expected_routed_experts": profile.model_expect.get("n_routed_experts"),
             "enforce": enforce,

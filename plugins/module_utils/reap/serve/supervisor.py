@@ -215,7 +215,7 @@ class Supervisor:
             self._kills_before = int(watchdog.get("kills") or 0)
             hold = watchdog.get("hold_until_available_kb")
             available = mem_available_kb()
-            refusal = None
+            refusal, ledger = None, None
             if hold is not None and available < int(hold):
                 refusal = f"{available} kB available, the watchdog asks for {hold} kB before the next start"
             elif config.fit is not None:
@@ -223,10 +223,12 @@ class Supervisor:
                 if gate.allowed:
                     print(gate.text, flush=True)
                     return
-                refusal = gate.message
+                refusal, ledger = gate.message, gate.text
             if refusal is None:
                 return
             if time.monotonic() > deadline:
+                if ledger:
+                    print(ledger, flush=True)
                 raise Failure(f"memory gate: {refusal}")
             self._wait(f"waiting for memory: {refusal}", self._tick_s * 5)
 
