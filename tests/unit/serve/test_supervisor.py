@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from reap.serve.supervisor import FAILED, LATCHED, STOPPED, WRONG
+from tests.support.sparse_checkpoint import write_sparse_checkpoint
 
 from .conftest import Bench, until
 
@@ -282,6 +283,30 @@ def test_memory_that_does_not_come_back_ends_the_start(bench: Bench) -> None:
     (bench.run_dir / "watchdog.json").write_text(json.dumps({"hold_until_available_kb": 10**12}))
     assert end(bench.start()) == FAILED
     assert "memory gate" in bench.state()["detail"]
+    assert not (bench.engine / "commands.log").exists()
+
+
+def test_a_start_that_cannot_fit_leaves_its_ledger_in_the_journal(bench: Bench) -> None:
+    model_dir = bench.folder / "sparse"
+    write_sparse_checkpoint(model_dir, routed_experts=144)
+    content = json.loads(bench.config_path.read_text())
+    content["fit"] = {
+        "profile": "too large for any host",
+        "model_dir": str(model_dir),
+        "kv_cache_memory": "100T",
+        "max_model_len": 200000,
+        "max_num_batched_tokens": 8192,
+        "max_num_seqs": 1,
+        "mtp": False,
+        "watchdog_min_available_kb": 8388608,
+        "engine": "gb10",
+        "expected_routed_experts": 144,
+    }
+    bench.config_path.write_text(json.dumps(content))
+    outcome = end(bench.start())
+    assert outcome == FAILED, bench.log()
+    assert "KV cache" in bench.log()
+    assert "floor of the watchdog" in bench.log()
     assert not (bench.engine / "commands.log").exists()
 
 
