@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _sim(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "sim", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "sim", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         pytest.fail(f"python3 -m sim {' '.join(arguments)}: {done.stderr.strip()}")
     return done.stdout
@@ -37,7 +39,15 @@ def vllm_python() -> list[str]:
         pytest.fail("the runtime image is not built; run: python3 -m sim build runtime-image")
     registry = status["services"]["registry"]["url"].removeprefix("http://")
     reference = f"{registry}/{image['reference'].split('/', 1)[1]}@{image['digest']}"
-    run = ["run", "--rm", "--interactive", "--network", "none", "--volume", f"{ROOT / 'tests/vllm'}:{ROOT / 'tests/vllm'}:ro"]
+    run = [
+        "run",
+        "--rm",
+        "--interactive",
+        "--network",
+        "none",
+        "--volume",
+        f"{ROOT / 'tests/vllm'}:{ROOT / 'tests/vllm'}:ro",
+    ]
     return [*status["engine"]["command"], *run, "--entrypoint", "/usr/bin/python3", reference]
 
 

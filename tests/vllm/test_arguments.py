@@ -43,7 +43,9 @@ def test_vllm_takes_the_arguments_of_every_profile(answers: dict[str, Any], name
     assert answers[name] is None
 
 
-@pytest.mark.parametrize(("name", "told"), list(zip(SPOILED, ("max-modl-len", "reasoning_parsr", "fp9", "14 gigs"), strict=True)))
+@pytest.mark.parametrize(
+    ("name", "told"), list(zip(SPOILED, ("max-modl-len", "reasoning_parsr", "fp9", "14 gigs"), strict=True))
+)
 def test_vllm_refuses_what_it_does_not_know(answers: dict[str, Any], name: str, told: str) -> None:
     assert answers[name] is not None
     assert told in answers[name]

@@ -6,6 +6,7 @@ file and restarting is finished by the next one, and nothing that already serves
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from .docker import Docker, DockerDown
 from .failure import Failure
 from .generations import Generations
 from .host import key_mtime_ns, port_taken, require_parts
-from .state import alive, read_json, write_json
+from .state import alive, read_json, write_text
 from .supervisor import UNIT
 
 _JOURNAL_LINES = 25
@@ -102,7 +103,8 @@ def rollback(config_path: Path) -> Outcome:
     if target is None:
         known = ", ".join(generations.good) or "none"
         raise ReapError(f"no generation to go back to from {leaving}: those that served on this host: {known}")
-    write_json(config_path, target.to_mapping())
+    # In the form in which a provision writes it: one that asks for the same finds nothing to change.
+    write_text(config_path, json.dumps(target.to_mapping(), indent=2, sort_keys=True) + "\n", 0o644)
     outcome = apply(config_path)
     outcome.changed = True
     outcome.msg = f"went back from {leaving} to {target.generation}: {outcome.msg}"
