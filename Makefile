@@ -87,7 +87,7 @@ unit: $(VENV)/.dev ## Unit tests
 
 .PHONY: molecule
 molecule: $(VENV)/.dev ## Molecule scenarios: SCENARIOS="spark_host verify" for some of them
-	@for scenario in $(SCENARIOS); do $(BIN)/molecule test -s $$scenario || exit 1; done
+	@export PATH="$(CURDIR)/$(BIN):$$PATH"; for scenario in $(SCENARIOS); do molecule test -s $$scenario || exit 1; done
 
 .PHONY: test-releases
 test-releases: $(VENV)/.dev ## Patches against every published vLLM from 0.20.0 to 0.33.0 and FlashInfer
