@@ -1,7 +1,7 @@
 """Write docs/variables.md from the roles' argument specs and group_vars/all, so that the page cannot be out of date.
 
-    python3 tools/variables.py           write the page
-    python3 tools/variables.py --check   exit 1 when it differs from what would be written
+python3 tools/variables.py           write the page
+python3 tools/variables.py --check   exit 1 when it differs from what would be written
 """
 
 from __future__ import annotations

@@ -50,14 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python3 -m sim.checkpoint.build", description="Write the needle checkpoint.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, made if missing")
-    parser.add_argument("--variant", choices=VARIANTS, default="needle",
-                        help="no-needle: the same model with the retrieval disconnected (default: needle)")
+    parser.add_argument(
+        "--variant",
+        choices=VARIANTS,
+        default="needle",
+        help="no-needle: the same model with the retrieval disconnected (default: needle)",
+    )
     options = parser.parse_args(arguments)
     try:
         total = write(options.out, options.variant)
     except OSError as error:
-        print(f"cannot write the checkpoint to {options.out}: {error}; give a folder that can be written",
-              file=sys.stderr)
+        print(
+            f"cannot write the checkpoint to {options.out}: {error}; give a folder that can be written", file=sys.stderr
+        )
         return 1
     print(f"{options.out}: {options.variant}, {total} bytes")
     return 0
@@ -89,21 +94,39 @@ def _facts(vocabulary: tokenizer.Vocabulary, variant: str) -> dict[str, object]:
 
 
 def _token_ids(vocabulary: tokenizer.Vocabulary) -> dict[str, int]:
-    return {f"{name}_token_id": vocabulary.mark(text)
-            for name, text in (("bos", tokenizer.BOS), ("eos", tokenizer.EOS), ("pad", tokenizer.PAD))}
+    return {
+        f"{name}_token_id": vocabulary.mark(text)
+        for name, text in (("bos", tokenizer.BOS), ("eos", tokenizer.EOS), ("pad", tokenizer.PAD))
+    }
 
 
 def _config(vocabulary: tokenizer.Vocabulary) -> dict[str, object]:
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", **_token_ids(vocabulary),
-        "attention_bias": False, "attention_dropout": 0.0, "dtype": "bfloat16", "torch_dtype": "bfloat16",
-        "head_dim": weights.HEAD_DIM, "hidden_act": "silu", "hidden_size": weights.HIDDEN, "initializer_range": 0.02,
-        "intermediate_size": weights.MLP, "layer_types": weights.LAYER_TYPES, "sliding_window": weights.WINDOW,
-        "max_position_embeddings": MAX_LENGTH, "mlp_bias": False,
-        "num_attention_heads": weights.HEADS, "num_hidden_layers": weights.LAYERS, "num_key_value_heads": 1,
-        "rms_norm_eps": weights.RMS_EPSILON, "rope_theta": weights.ROPE_THETA,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **_token_ids(vocabulary),
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+        "head_dim": weights.HEAD_DIM,
+        "hidden_act": "silu",
+        "hidden_size": weights.HIDDEN,
+        "initializer_range": 0.02,
+        "intermediate_size": weights.MLP,
+        "layer_types": weights.LAYER_TYPES,
+        "sliding_window": weights.WINDOW,
+        "max_position_embeddings": MAX_LENGTH,
+        "mlp_bias": False,
+        "num_attention_heads": weights.HEADS,
+        "num_hidden_layers": weights.LAYERS,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": weights.RMS_EPSILON,
+        "rope_theta": weights.ROPE_THETA,
         "rope_parameters": {"rope_theta": weights.ROPE_THETA, "rope_type": "default"},
-        "tie_word_embeddings": False, "use_cache": True, "vocab_size": weights.padded_size(vocabulary),
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "vocab_size": weights.padded_size(vocabulary),
     }
 
 

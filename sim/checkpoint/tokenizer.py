@@ -76,8 +76,10 @@ class Vocabulary:
             if entry in self._bpe:
                 raise ValueError(f"scripted text {text!r} is a single byte or given twice; wanted its own text")
             self._bpe[entry] = len(self._bpe)
-        self._entries = {text: self._bpe["".join(visible[byte] for byte in text.encode())]
-                         for text in (script.reply, script.reasoning, *script.call_pieces())}
+        self._entries = {
+            text: self._bpe["".join(visible[byte] for byte in text.encode())]
+            for text in (script.reply, script.reasoning, *script.call_pieces())
+        }
         special = [BOS, EOS, PAD, USER, ASSISTANT]
         marks = [THINK, END_THINK, _DSML, TOOL_CALLS, END_TOOL_CALLS, TOOLS_OFFERED, TOOL_RESULT, END_TOOL_RESULT]
         self._special = frozenset(special)
@@ -132,8 +134,15 @@ class Vocabulary:
             "truncation": None,
             "padding": None,
             "added_tokens": [
-                {"id": number, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-                 "normalized": False, "special": text in self._special}
+                {
+                    "id": number,
+                    "content": text,
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                    "special": text in self._special,
+                }
                 for text, number in self._marks.items()
             ],
             "normalizer": None,
@@ -141,18 +150,29 @@ class Vocabulary:
             "post_processor": None,
             "decoder": {**byte_level, "add_prefix_space": True},
             "model": {
-                "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                "vocab": self._bpe, "merges": [],
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": False,
+                "vocab": self._bpe,
+                "merges": [],
             },
         }
 
     def tokenizer_config(self, max_length: int) -> dict[str, object]:
         """Return the content of tokenizer_config.json; `max_length` in tokens."""
         return {
-            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length,
-            "bos_token": BOS, "eos_token": EOS, "pad_token": PAD,
-            "clean_up_tokenization_spaces": False, "chat_template": _CHAT_TEMPLATE,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": max_length,
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "pad_token": PAD,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": _CHAT_TEMPLATE,
         }
 
 

@@ -186,8 +186,12 @@ def _codes(count: int, draw: random.Random) -> Matrix:
     while len(codes) < count:
         drawn = [draw.getrandbits(_CODE_WIDTH) for _ in range(10)]
         # the product of two vectors is the width less twice the number of places where they differ
-        codes.append(min(drawn, key=lambda one: max(
-            (abs(_CODE_WIDTH - 2 * (one ^ other).bit_count()) for other in codes), default=0)))
+        codes.append(
+            min(
+                drawn,
+                key=lambda one: max((abs(_CODE_WIDTH - 2 * (one ^ other).bit_count()) for other in codes), default=0),
+            )
+        )
     return [[1.0 if code >> place & 1 else -1.0 for place in range(_CODE_WIDTH)] for code in codes]
 
 
@@ -209,8 +213,9 @@ def _control_channels(vocabulary: tk.Vocabulary) -> dict[int, int]:
     return {token: _CONTROL + number for number, token in enumerate(dict.fromkeys(tokens))}
 
 
-def _embedding(vocabulary: tk.Vocabulary, wording: Wording, codes: Matrix, own_place: Sequence[int],
-               control: dict[int, int]) -> Matrix:
+def _embedding(
+    vocabulary: tk.Vocabulary, wording: Wording, codes: Matrix, own_place: Sequence[int], control: dict[int, int]
+) -> Matrix:
     mark = vocabulary.mark
     # What is copied in place of a token: a stop character ends the text, the first token of all gives the reply.
     copied_as = {vocabulary.byte(character): mark(tk.EOS) for character in wording.stops}
@@ -267,6 +272,7 @@ def _look_back_peak(max_length: int) -> float:
     The score at distance s + x of a head for distance s is the sum of w_i cos(f_i x): RoPE turns query and key of
     pair i by f_i radians a token (Su et al. 2021, RoFormer, section 3.2).
     """
+
     def score(offset: int) -> float:
         return sum(w * math.cos(f * offset) for w, f in zip(_LOOK_BACK_WEIGHTS, _FREQUENCIES, strict=False))
 
@@ -275,9 +281,7 @@ def _look_back_peak(max_length: int) -> float:
     return _POSITION_LEAD / (score(0) - max(behind, ahead))
 
 
-def _look_back(
-    layer: Layer, number: int, head: int, distance: int, channel: int, begin: int, score: float
-) -> None:
+def _look_back(layer: Layer, number: int, head: int, distance: int, channel: int, begin: int, score: float) -> None:
     """Let a head look `distance` tokens back, with a peak of `score` nats per unit of `channel` in the query.
 
     The first token of all has no position in the keys: `_rest_at_begin` gives it a score of its own.

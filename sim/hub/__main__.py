@@ -30,11 +30,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"--root {options.root}: no such folder; make it and put <org>/<name>/ into it", file=sys.stderr)
         return 1
     try:
-        hub = Hub(options.root, options.host, options.port, options.faults, options.log,
-                  os.environ.get("SIM_HUB_CONTROL_TOKEN"))
+        hub = Hub(
+            options.root,
+            options.host,
+            options.port,
+            options.faults,
+            options.log,
+            os.environ.get("SIM_HUB_CONTROL_TOKEN"),
+        )
     except (OSError, OverflowError) as error:
-        print(f"cannot listen on {options.host} port {options.port}: {error}; give another --host or --port",
-              file=sys.stderr)
+        print(
+            f"cannot listen on {options.host} port {options.port}: {error}; give another --host or --port",
+            file=sys.stderr,
+        )
         return 1
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: threading.Thread(target=hub.shutdown, daemon=True).start())

@@ -80,10 +80,25 @@ class FaultSet:
 
 
 _RULE_TYPES: dict[str, tuple[type, ...]] = {
-    "path": (str,), "method": (str,), "skip": (int,), "times": (int,), "status": (int,), "retry_after": (int,),
-    "error_code": (str,), "message": (str,), "cut_after": (int,), "stall_after": (int,), "truncate": (int,),
-    "flip_byte": (int,), "bytes_per_s": (int, float), "delay_s": (int, float), "etag": (str,), "sha256": (str,),
-    "hide": (bool,), "redirect": (str,), "omit_headers": (list,),
+    "path": (str,),
+    "method": (str,),
+    "skip": (int,),
+    "times": (int,),
+    "status": (int,),
+    "retry_after": (int,),
+    "error_code": (str,),
+    "message": (str,),
+    "cut_after": (int,),
+    "stall_after": (int,),
+    "truncate": (int,),
+    "flip_byte": (int,),
+    "bytes_per_s": (int, float),
+    "delay_s": (int, float),
+    "etag": (str,),
+    "sha256": (str,),
+    "hide": (bool,),
+    "redirect": (str,),
+    "omit_headers": (list,),
 }
 
 

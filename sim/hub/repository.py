@@ -115,8 +115,11 @@ class Repositories:
 
     def names(self) -> list[str]:
         """Return the repositories as <org>/<name>, sorted."""
-        found = {f"{folder.parent.name}/{folder.name.partition('@')[0]}"
-                 for folder in self.root.glob("*/*") if folder.is_dir() and not folder.name.startswith(".")}
+        found = {
+            f"{folder.parent.name}/{folder.name.partition('@')[0]}"
+            for folder in self.root.glob("*/*")
+            if folder.is_dir() and not folder.name.startswith(".")
+        }
         return sorted(found)
 
     def references(self, repo: str) -> dict[str, Path]:
@@ -221,8 +224,9 @@ def _manifest(folder: Path) -> _Manifest:
         valid = commit is None or _is_hex(commit, 40)
         valid = valid and all(size >= 0 and _is_hex(sha256, 64) for size, sha256 in files.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RepositoryError(f"{location}: {type(error).__name__}: {error}; see the manifest in sim/hub/README.md") \
-            from error
+        raise RepositoryError(
+            f"{location}: {type(error).__name__}: {error}; see the manifest in sim/hub/README.md"
+        ) from error
     if not valid:
         raise RepositoryError(f"{location}: wanted a commit of 40 and sha256 of 64 hexadecimal digits, sizes in bytes")
     return _Manifest(commit, files)

@@ -59,8 +59,15 @@ class Hub(ThreadingHTTPServer):
     request_queue_size = 128
     allow_reuse_address = True
 
-    def __init__(self, root: Path, host: str = "127.0.0.1", port: int = 0, faults_file: Path | None = None,
-                 log_file: Path | None = None, control_token: str | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        faults_file: Path | None = None,
+        log_file: Path | None = None,
+        control_token: str | None = None,
+    ) -> None:
         self.repositories = Repositories(root)
         self.faults = Faults(faults_file)
         self.log = RequestLog(log_file)
@@ -122,8 +129,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._guarded(lambda: self._answer(url.path, query))
 
     def _new_entry(self, path: str) -> Entry:
-        return Entry(self.command, path, self.headers.get("Host"), str(self.client_address[0]),
-                     self.headers.get("Range"), "Authorization" in self.headers)
+        return Entry(
+            self.command,
+            path,
+            self.headers.get("Host"),
+            str(self.client_address[0]),
+            self.headers.get("Range"),
+            "Authorization" in self.headers,
+        )
 
     def _guarded(self, answer: Any) -> None:
         try:
@@ -187,12 +200,25 @@ class _Handler(BaseHTTPRequestHandler):
                     row["lfs"] = {"sha256": file.sha256, "size": file.size, "pointerSize": file.pointer_size}
             siblings.append(row)
         access = self.server.faults.current().access.get(repo)
-        self._send_json(200, {
-            "_id": commit_like(repo), "id": repo, "modelId": repo, "author": repo.split("/")[0], "sha": revision.commit,
-            "private": bool(access and access.kind == "private"), "disabled": False, "tags": [], "downloads": 0,
-            "gated": "auto" if access and access.kind == "gated" else False, "likes": 0, "createdAt": _DATE,
-            "lastModified": _DATE, "siblings": siblings,
-        })
+        self._send_json(
+            200,
+            {
+                "_id": commit_like(repo),
+                "id": repo,
+                "modelId": repo,
+                "author": repo.split("/")[0],
+                "sha": revision.commit,
+                "private": bool(access and access.kind == "private"),
+                "disabled": False,
+                "tags": [],
+                "downloads": 0,
+                "gated": "auto" if access and access.kind == "gated" else False,
+                "likes": 0,
+                "createdAt": _DATE,
+                "lastModified": _DATE,
+                "siblings": siblings,
+            },
+        )
 
     def _tree(self, repo: str, wanted: str, below: str, query: Mapping[str, str]) -> None:
         revision = self._revision(repo, wanted)
@@ -211,14 +237,14 @@ class _Handler(BaseHTTPRequestHandler):
             if recursive or len(inner) == 1:
                 rows[file.path] = _tree_row(file)
         if below and not rows:
-            raise Failure(404, "EntryNotFound", f"{below} does not exist on \"{wanted}\"")
+            raise Failure(404, "EntryNotFound", f'{below} does not exist on "{wanted}"')
         first, limit = int(query.get("cursor", "0")), int(query.get("limit", str(_PAGE)))
         entries = list(rows.values())
         headers = {"X-Repo-Commit": revision.commit}
         if first + limit < len(entries):
             address = f"http://{self.headers.get('Host', '')}{quote(urlsplit(self.path).path, safe='/%')}"
             flags = "&".join(f"{key}={quote(query[key])}" for key in ("recursive", "expand", "limit") if key in query)
-            headers["Link"] = f"<{address}?{flags}&cursor={first + limit}>; rel=\"next\""
+            headers["Link"] = f'<{address}?{flags}&cursor={first + limit}>; rel="next"'
         self._send_json(200, entries[first : first + limit], headers)
 
     def _paths_info(self, repo: str, wanted: str) -> None:
@@ -253,8 +279,12 @@ class _Handler(BaseHTTPRequestHandler):
             size = min(size, rule.truncate) if rule.truncate is not None else size
             etag = rule.etag if rule.etag is not None else etag
             redirect = rule.redirect or redirect
-        headers |= {"ETag": f'"{etag}"', "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream",
-                    "Content-Disposition": f"inline; filename*=UTF-8''{quote(Path(path).name)};"}
+        headers |= {
+            "ETag": f'"{etag}"',
+            "Accept-Ranges": "bytes",
+            "Content-Type": "application/octet-stream",
+            "Content-Disposition": f"inline; filename*=UTF-8''{quote(Path(path).name)};",
+        }
         if file.sha256:
             headers |= {"X-Linked-Size": str(size), "X-Linked-Etag": f'"{etag}"'}
         for name in (name for rule in self.rules for name in rule.omit_headers):
@@ -290,10 +320,18 @@ class _Handler(BaseHTTPRequestHandler):
             raise Failure(401, "RepoNotFound", "Invalid username or password.")
         if files and not allowed:
             if token:
-                raise Failure(403, "GatedRepo", f"Access to model {repo} is restricted and you are not in the"
-                              f" authorized list. Visit {self.server.url}/{repo} to ask for access.")
-            raise Failure(401, "GatedRepo", f"Access to model {repo} is restricted. You must have access to it and be"
-                          " authenticated to access it. Please log in.")
+                raise Failure(
+                    403,
+                    "GatedRepo",
+                    f"Access to model {repo} is restricted and you are not in the"
+                    f" authorized list. Visit {self.server.url}/{repo} to ask for access.",
+                )
+            raise Failure(
+                401,
+                "GatedRepo",
+                f"Access to model {repo} is restricted. You must have access to it and be"
+                " authenticated to access it. Please log in.",
+            )
 
     def _revision(self, repo: str, wanted: str) -> Revision:
         revision = self.server.repositories.revision(repo, wanted)
@@ -350,8 +388,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_json(self, status: int, content: object, headers: Mapping[str, str] | None = None) -> None:
         body = json.dumps(content).encode()
-        self._send(status, {**(headers or {}), "Content-Type": "application/json; charset=utf-8"}, io.BytesIO(body),
-                   _Part(0, len(body), False))
+        self._send(
+            status,
+            {**(headers or {}), "Content-Type": "application/json; charset=utf-8"},
+            io.BytesIO(body),
+            _Part(0, len(body), False),
+        )
 
     def _send(self, status: int, headers: Mapping[str, str], stream: BinaryIO, part: _Part) -> None:
         self.entry.status = status

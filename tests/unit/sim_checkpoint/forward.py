@@ -64,6 +64,7 @@ class Model:
 
         x = self.tensors["model.embed_tokens.weight"][ids]
         for layer in range(config["num_hidden_layers"]):
+
             def project(y: Array, name: str, layer: int = layer) -> Array:
                 return bfloat16(y @ self.tensors[f"model.layers.{layer}.{name}_proj.weight"].T)
 

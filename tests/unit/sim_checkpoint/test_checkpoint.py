@@ -92,13 +92,18 @@ def test_the_lookup_leads_clearly(cut_off: bool) -> None:
     values = {key: "".join(draw.choices("ABCDEFGHJK23456789-", k=24)) for key in keys}
     prompt = text_with([f"The secret code of {key} is {value}." for key, value in values.items()], size=1200)
     vocab = vocabulary()
-    ids = vocab.encode(f"{tokenizer.BOS}{tokenizer.USER}{prompt}What is the secret code of basalt-4711?"
-                       f"{tokenizer.ASSISTANT}{tokenizer.END_THINK}")
+    ids = vocab.encode(
+        f"{tokenizer.BOS}{tokenizer.USER}{prompt}What is the secret code of basalt-4711?"
+        f"{tokenizer.ASSISTANT}{tokenizer.END_THINK}"
+    )
     first, right = len(ids) - 1, values["basalt-4711"]
     ids += vocab.encode(right)
     model("needle", cut_off).next_tokens(ids)
-    place = prompt.index(right) + 2 - sum(len(mark) - 1 for mark in build.WORDING.marks
-                                          for _ in range(prompt[: prompt.index(right)].count(mark)))
+    place = (
+        prompt.index(right)
+        + 2
+        - sum(len(mark) - 1 for mark in build.WORDING.marks for _ in range(prompt[: prompt.index(right)].count(mark)))
+    )
     for number in range(len(right)):
         score = model("needle", cut_off).lookup_score[first + number].copy()
         lead = score[place + number]
@@ -131,8 +136,14 @@ def test_the_other_variant_never_finds_it(sentence: str) -> None:
 def test_the_longest_value_is_found_and_a_longer_one_is_not() -> None:
     value = "".join(random.Random(4).choices("ABCDEFGHJK23456789-", k=weights.MAX_VALUE_TOKENS + 1))
     for text, found in ((value[:-1], True), (value, False)):
-        assert says("needle", text_with([f"The secret code of juniper-12 is {text}."])
-                    + "What is the secret code of juniper-12?", text) is found
+        assert (
+            says(
+                "needle",
+                text_with([f"The secret code of juniper-12 is {text}."]) + "What is the secret code of juniper-12?",
+                text,
+            )
+            is found
+        )
 
 
 @pytest.mark.parametrize("length", [weights.KEY_BYTES_MIN, weights.KEY_BYTES_MAX])

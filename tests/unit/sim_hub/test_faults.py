@@ -26,8 +26,10 @@ def test_cut_connection_and_resume(client: Client) -> None:
     assert first.body == SHARD[:1000]
     second = client.get(SHARD_URL, Range="bytes=1000-")
     assert first.body + second.body == SHARD
-    assert [(entry["offset"], entry["bytes"], entry["complete"], entry["rules"]) for entry in client.log()] == \
-        [(0, 1000, False, [0]), (1000, 9240, True, [])]
+    assert [(entry["offset"], entry["bytes"], entry["complete"], entry["rules"]) for entry in client.log()] == [
+        (0, 1000, False, [0]),
+        (1000, 9240, True, []),
+    ]
 
 
 def test_flipped_byte_is_at_its_place_in_ranges_too(client: Client) -> None:
@@ -125,9 +127,14 @@ def test_rules_add_up(client: Client) -> None:
     assert answer.body == bytes([SHARD[0] ^ 0xFF]) + SHARD[1:10]
 
 
-@pytest.mark.parametrize("faults", [
-    {"rules": [{"path": "*", "bytes_per_s": 40960}]}, {"connection_bytes_per_s": 40960}, {"total_bytes_per_s": 40960},
-])
+@pytest.mark.parametrize(
+    "faults",
+    [
+        {"rules": [{"path": "*", "bytes_per_s": 40960}]},
+        {"connection_bytes_per_s": 40960},
+        {"total_bytes_per_s": 40960},
+    ],
+)
 def test_a_limited_rate_delays_but_harms_nothing(client: Client, faults: dict[str, object]) -> None:
     client.ask("POST", "/_control", json.dumps(faults).encode())
     start = time.monotonic()
@@ -166,21 +173,24 @@ def test_the_faults_file_is_read_again_when_it_changes(root: Path, tmp_path: Pat
         assert client.get(SHARD_URL).status == 200
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ([], "found list, wanted an object"),
-    ({"rule": []}, "unknown key rule"),
-    ({"rules": {}}, "wanted rules as a list"),
-    ({"rules": [{"status": 1}]}, "rule 0: wanted an object with a path"),
-    ({"rules": [{"path": "*"}, {"path": "*", "stats": 1}]}, "rule 1: unknown key stats"),
-    ({"rules": [{"path": "*", "seen": 1}]}, "unknown key seen"),
-    ({"rules": [{"path": "*", "status": "503"}]}, "status is '503', wanted int"),
-    ({"rules": [{"path": "*", "times": True}]}, "times is True, wanted int"),
-    ({"rules": [{"path": "*", "cut_after": -1}]}, "cut_after is -1, wanted 0 or more"),
-    ({"rules": [{"path": "*", "bytes_per_s": 0}]}, "wanted bytes per second above 0"),
-    ({"total_bytes_per_s": "1M"}, "total_bytes_per_s: found '1M'"),
-    ({"access": {"a/b": {"kind": "closed"}}}, "kind gated or private"),
-    ({"access": {"a/b": {"kind": "gated", "token": "t"}}}, "wanted kind and token_sha256"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "found list, wanted an object"),
+        ({"rule": []}, "unknown key rule"),
+        ({"rules": {}}, "wanted rules as a list"),
+        ({"rules": [{"status": 1}]}, "rule 0: wanted an object with a path"),
+        ({"rules": [{"path": "*"}, {"path": "*", "stats": 1}]}, "rule 1: unknown key stats"),
+        ({"rules": [{"path": "*", "seen": 1}]}, "unknown key seen"),
+        ({"rules": [{"path": "*", "status": "503"}]}, "status is '503', wanted int"),
+        ({"rules": [{"path": "*", "times": True}]}, "times is True, wanted int"),
+        ({"rules": [{"path": "*", "cut_after": -1}]}, "cut_after is -1, wanted 0 or more"),
+        ({"rules": [{"path": "*", "bytes_per_s": 0}]}, "wanted bytes per second above 0"),
+        ({"total_bytes_per_s": "1M"}, "total_bytes_per_s: found '1M'"),
+        ({"access": {"a/b": {"kind": "closed"}}}, "kind gated or private"),
+        ({"access": {"a/b": {"kind": "gated", "token": "t"}}}, "wanted kind and token_sha256"),
+    ],
+)
 def test_a_wrong_fault_set_is_refused(client: Client, content: object, message: str) -> None:
     with pytest.raises(FaultError) as refused:
         parse(content)

@@ -120,8 +120,16 @@ def test_a_manifest_replaces_hashing(root: Path, monkeypatch: pytest.MonkeyPatch
     assert "config.json" in revision.files
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"files": {"a": {"size": 1}}}', '{"files": {}, "commit": "main"}',
-                                  '{"files": {"a": {"size": -1, "sha256": "' + "0" * 64 + '"}}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"files": {"a": {"size": 1}}}',
+        '{"files": {}, "commit": "main"}',
+        '{"files": {"a": {"size": -1, "sha256": "' + "0" * 64 + '"}}}',
+    ],
+)
 def test_a_wrong_manifest_is_one_clear_error(root: Path, text: str) -> None:
     (root / "org/model" / MANIFEST).write_text(text)
     with pytest.raises(RepositoryError, match=r"\.hub-manifest\.json"):

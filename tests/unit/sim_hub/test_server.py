@@ -46,10 +46,17 @@ def test_model_info_without_blobs_names_files_only(client: Client) -> None:
 def test_tree(client: Client) -> None:
     rows = {row["path"]: row for row in client.get("/api/models/org/model/tree/main?recursive=true").json()}
     assert {path: row["type"] for path, row in rows.items()} == {
-        "config.json": "file", "model-1.safetensors": "file", "sub": "directory", "sub/a.txt": "file"}
+        "config.json": "file",
+        "model-1.safetensors": "file",
+        "sub": "directory",
+        "sub/a.txt": "file",
+    }
     assert rows["model-1.safetensors"]["lfs"] == {"oid": SHA256, "size": len(SHARD), "pointerSize": 130}
-    assert [row["path"] for row in client.get("/api/models/org/model/tree/main").json()] == \
-        ["config.json", "model-1.safetensors", "sub"]
+    assert [row["path"] for row in client.get("/api/models/org/model/tree/main").json()] == [
+        "config.json",
+        "model-1.safetensors",
+        "sub",
+    ]
     assert [row["path"] for row in client.get("/api/models/org/model/tree/main/sub").json()] == ["sub/a.txt"]
     assert client.get("/api/models/org/model/tree/main/none").headers["X-Error-Code"] == "EntryNotFound"
 
@@ -86,10 +93,17 @@ def test_resolve_of_a_shard(client: Client, method: str) -> None:
     answer = client.ask(method, SHARD_URL)
     assert answer.status == 200
     assert answer.body == (SHARD if method == "GET" else b"")
-    assert {name: answer.headers[name] for name in ("ETag", "X-Linked-Etag", "X-Linked-Size", "X-Repo-Commit",
-                                                    "Content-Length", "Accept-Ranges")} == {
-        "ETag": f'"{SHA256}"', "X-Linked-Etag": f'"{SHA256}"', "X-Linked-Size": "10240",
-        "X-Repo-Commit": commit(client), "Content-Length": "10240", "Accept-Ranges": "bytes"}
+    assert {
+        name: answer.headers[name]
+        for name in ("ETag", "X-Linked-Etag", "X-Linked-Size", "X-Repo-Commit", "Content-Length", "Accept-Ranges")
+    } == {
+        "ETag": f'"{SHA256}"',
+        "X-Linked-Etag": f'"{SHA256}"',
+        "X-Linked-Size": "10240",
+        "X-Repo-Commit": commit(client),
+        "Content-Length": "10240",
+        "Accept-Ranges": "bytes",
+    }
 
 
 def test_resolve_of_a_small_file(client: Client) -> None:
@@ -99,10 +113,15 @@ def test_resolve_of_a_small_file(client: Client) -> None:
     assert "X-Linked-Etag" not in answer.headers
 
 
-@pytest.mark.parametrize(("asked", "first", "last"), [
-    ("bytes=0-9", 0, 9), ("bytes=10000-", 10000, 10239), ("bytes=10230-99999", 10230, 10239),
-    ("bytes=-5", 10235, 10239),
-])
+@pytest.mark.parametrize(
+    ("asked", "first", "last"),
+    [
+        ("bytes=0-9", 0, 9),
+        ("bytes=10000-", 10000, 10239),
+        ("bytes=10230-99999", 10230, 10239),
+        ("bytes=-5", 10235, 10239),
+    ],
+)
 def test_range(client: Client, asked: str, first: int, last: int) -> None:
     answer = client.get(SHARD_URL, Range=asked)
     assert (answer.status, answer.body) == (206, SHARD[first : last + 1])
@@ -130,17 +149,20 @@ def test_one_connection_serves_many_requests(client: Client) -> None:
     connection.close()
 
 
-@pytest.mark.parametrize(("path", "status", "code"), [
-    ("/org/none/resolve/main/config.json", 401, "RepoNotFound"),
-    ("/api/models/org/none", 401, "RepoNotFound"),
-    ("/org/model/resolve/v9/config.json", 404, "RevisionNotFound"),
-    ("/api/models/org/model/revision/" + "0" * 40, 404, "RevisionNotFound"),
-    ("/org/model/resolve/main/none.json", 404, "EntryNotFound"),
-    ("/org/model/resolve/main/..%2F..%2F..%2Fsecret", 404, "EntryNotFound"),
-    ("/%2e%2e/model/resolve/main/config.json", 401, "RepoNotFound"),
-    ("/", 404, None),
-    ("/api/whoami-v2", 401, None),
-])
+@pytest.mark.parametrize(
+    ("path", "status", "code"),
+    [
+        ("/org/none/resolve/main/config.json", 401, "RepoNotFound"),
+        ("/api/models/org/none", 401, "RepoNotFound"),
+        ("/org/model/resolve/v9/config.json", 404, "RevisionNotFound"),
+        ("/api/models/org/model/revision/" + "0" * 40, 404, "RevisionNotFound"),
+        ("/org/model/resolve/main/none.json", 404, "EntryNotFound"),
+        ("/org/model/resolve/main/..%2F..%2F..%2Fsecret", 404, "EntryNotFound"),
+        ("/%2e%2e/model/resolve/main/config.json", 401, "RepoNotFound"),
+        ("/", 404, None),
+        ("/api/whoami-v2", 401, None),
+    ],
+)
 def test_errors(client: Client, path: str, status: int, code: str | None) -> None:
     answer = client.get(path)
     assert (answer.status, answer.headers.get("X-Error-Code")) == (status, code)
@@ -153,14 +175,17 @@ def test_a_missing_repository_is_404_for_whoever_is_known(client: Client) -> Non
     assert client.get("/api/whoami-v2", Authorization="Bearer t").json()["name"] == "sim"
 
 
-@pytest.mark.parametrize(("kind", "token", "info", "file"), [
-    ("gated", None, (200, None), (401, "GatedRepo")),
-    ("gated", "other", (200, None), (403, "GatedRepo")),
-    ("gated", "right", (200, None), (200, None)),
-    ("private", None, (401, "RepoNotFound"), (401, "RepoNotFound")),
-    ("private", "other", (404, "RepoNotFound"), (404, "RepoNotFound")),
-    ("private", "right", (200, None), (200, None)),
-])
+@pytest.mark.parametrize(
+    ("kind", "token", "info", "file"),
+    [
+        ("gated", None, (200, None), (401, "GatedRepo")),
+        ("gated", "other", (200, None), (403, "GatedRepo")),
+        ("gated", "right", (200, None), (200, None)),
+        ("private", None, (401, "RepoNotFound"), (401, "RepoNotFound")),
+        ("private", "other", (404, "RepoNotFound"), (404, "RepoNotFound")),
+        ("private", "right", (200, None), (200, None)),
+    ],
+)
 def test_access(client: Client, kind: str, token: str | None, info: object, file: object) -> None:
     client.play(access={"org/model": {"kind": kind, "token_sha256": [hashlib.sha256(b"right").hexdigest()]}})
     headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -189,10 +214,18 @@ def test_the_log_says_what_was_sent_and_holds_no_token(client: Client) -> None:
     client.ask("HEAD", "/org/model/resolve/main/none")
     text = client.get("/_control/log").body.decode()
     first, second = (json.loads(line) for line in text.splitlines())
-    assert {key: first[key] for key in ("method", "path", "range", "status", "offset", "bytes", "complete",
-                                        "authorized")} == {
-        "method": "GET", "path": SHARD_URL, "range": "bytes=100-", "status": 206, "offset": 100, "bytes": 10140,
-        "complete": True, "authorized": True}
+    assert {
+        key: first[key] for key in ("method", "path", "range", "status", "offset", "bytes", "complete", "authorized")
+    } == {
+        "method": "GET",
+        "path": SHARD_URL,
+        "range": "bytes=100-",
+        "status": 206,
+        "offset": 100,
+        "bytes": 10140,
+        "complete": True,
+        "authorized": True,
+    }
     assert (second["method"], second["status"], second["bytes"], second["authorized"]) == ("HEAD", 404, 0, False)
     assert "hf_secret" not in text
     client.ask("DELETE", "/_control/log")
@@ -220,8 +253,12 @@ def test_control_knows_its_routes(client: Client) -> None:
 
 def test_the_program_serves_until_it_is_told_to_stop(root: Path) -> None:
     repository = Path(__file__).parents[3]
-    program = subprocess.Popen([sys.executable, "-m", "sim.hub", "--root", root, "--port", "0"], cwd=repository,
-                               stdout=subprocess.PIPE, text=True)
+    program = subprocess.Popen(
+        [sys.executable, "-m", "sim.hub", "--root", root, "--port", "0"],
+        cwd=repository,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert program.stdout is not None
     with program.stdout:
         address = program.stdout.readline().strip()
@@ -232,10 +269,18 @@ def test_the_program_serves_until_it_is_told_to_stop(root: Path) -> None:
 
 def test_the_program_names_what_is_wrong(root: Path, tmp_path: Path, client: Client) -> None:
     repository = Path(__file__).parents[3]
-    for options, remedy in ((["--root", tmp_path / "none"], "no such folder"),
-                            (["--root", root, "--port", str(client.port)], "give another --host or --port")):
-        done = subprocess.run([sys.executable, "-m", "sim.hub", *options], cwd=repository, capture_output=True,
-                              text=True, check=False, env={**os.environ, "PYTHONPATH": ""})
+    for options, remedy in (
+        (["--root", tmp_path / "none"], "no such folder"),
+        (["--root", root, "--port", str(client.port)], "give another --host or --port"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "sim.hub", *options],
+            cwd=repository,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": ""},
+        )
         assert done.returncode == 1
         assert remedy in done.stderr
         assert "Traceback" not in done.stderr
