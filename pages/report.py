@@ -110,7 +110,10 @@ def _comparison(report: Report) -> str:
         speeds = [100 * row["speed"] for row in rows][::-1]
         axes.barh(names, speeds, height=0.55, color=[colours[row["state"]] for row in rows][::-1])
         for index, speed in enumerate(speeds):
-            axes.annotate(f"{speed:.0f} %", (speed, index), (4, 0), textcoords="offset points", va="center")
+            axes.annotate(
+                f"{speed:.0f} %", (speed, index), (-5, 0), textcoords="offset points", va="center", ha="right",
+                color=SURFACE, fontweight="bold",
+            )  # fmt: skip
         axes.axvline(100, color=INK, linewidth=1.2, label="published")
         axes.axvline(100 * tolerances["slower_below"], color=AMBER, linestyle="--", linewidth=1, label="slower below")
         axes.axvline(100 * tolerances["fail_below"], color=RED, linestyle="--", linewidth=1, label="fails below")
@@ -211,7 +214,7 @@ def _lengths(report: Report) -> str:
                     rates = [item["rates"]["prefill_tok_s"] for item in some]
                     marker = "o" if found else "X"
                     axes.plot([item["tokens"] for item in some], rates, marker, color=colour, label=label)
-            axes.set_ylim(0, None)
+            axes.set_ylim(0, 1.12 * max(item["rates"]["prefill_tok_s"] for item in steps))
             axes.set_xlabel("prompt tokens")
             axes.set_ylabel("prefill, tokens/s")
             axes.xaxis.set_major_formatter(lambda value, _position: f"{value / 1000:g}k")
@@ -233,7 +236,7 @@ def _lengths(report: Report) -> str:
                 axes.barh(y, 1, height=1, left=x - 0.5, color=colour, edgecolor=SURFACE, linewidth=2)
                 word = ("✓" if item["found"] else "✗") if narrow else ("found" if item["found"] else "lost")
                 axes.text(x, y, word, ha="center", va="center", color=SURFACE, fontweight="bold")
-            axes.set_xticks(range(len(lengths)), [f"{length / 1000:g}k" for length in lengths])
+            axes.set_xticks(range(len(lengths)), [f"{length / 1000:.0f}k" for length in lengths])
             axes.set_yticks(range(len(depths)), [f"{100 * depth:g} %" for depth in depths])
             axes.set_xlim(-0.5, len(lengths) - 0.5)
             axes.set_ylim(len(depths) - 0.5, -0.5)
@@ -244,7 +247,9 @@ def _lengths(report: Report) -> str:
                 spine.set_visible(False)
 
         good = sum(item["found"] for item in grid)
-        caption = f"{good} of {len(grid)} needles found. Depth 0 % is the beginning of the prompt."
+        caption = (
+            f"{good} of {len(grid)} needles found (✓), the others lost (✗). Depth 0 % is the beginning of the prompt."
+        )
         parts.append("<h2>Depth and length</h2>" + drawing("grid", "Heat map of needles", caption, draw_grid, 3.4))
     return "".join(parts)
 

@@ -27,8 +27,8 @@ def _phrases(text: str) -> list[str]:
 
 _SYLLABLES = _phrases("""
     ka; lo; mi; ren; tas; vel; dor; nim; gal; hes; bru; fen; sil; tor; wen; yar; zul; pex; oro; ist; aum; cer; lin;
-    mar; nov; pol; rud; sem; tav; und; bex; cho; dri; ek; fa; gwi; hul; ira; jor; kyn; lud; mop; nef; oth; pra; quo; sku;
-    thy; ub; vam; wix; xen; yot; zir; ash; bol; cru; dag; elm; fip; gor; hap""")
+    mar; nov; pol; rud; sem; tav; und; bex; cho; dri; ek; fa; gwi; hul; ira; jor; kyn; lud; mop; nef; oth; pra; quo;
+    sku; thy; ub; vam; wix; xen; yot; zir; ash; bol; cru; dag; elm; fip; gor; hap""")
 _PEOPLE = _phrases("""
     a surveyor; the night guard; our pilot; a retired clerk; the baker's sister; one engineer; an archivist; the diver;
     her cousin; a young botanist; the ferry captain; a watchmaker; the tenant upstairs; an auctioneer; the violinist;
