@@ -227,7 +227,7 @@ class ActionModule(ActionBase):
     def _result(self, view: dict[str, Any], args: dict[str, Any], mode: str) -> dict[str, Any]:
         for noise in ("signature", "command", "invocation", "ended"):
             view.pop(noise, None)
-        view.setdefault("rc", None)
+        view["rc"] = view.pop("exit_status", None)
         # Without it Ansible takes an exit status of null for a failure.
         view.setdefault("failed", False)
         stdout, stderr = str(view.get("stdout", "")), str(view.get("stderr", ""))

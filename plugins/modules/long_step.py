@@ -295,7 +295,8 @@ class Job:
             "command": state.get("argv", []),
             "running": running,
             "ended": ended and not running,
-            "rc": end.get("rc") if ended and not running else None,
+            # Not `rc`: of a module Ansible takes one that is not zero for the module's own failure, rc_ok or not.
+            "exit_status": end.get("rc") if ended and not running else None,
             "elapsed_s": round(max(0.0, elapsed), 3),
             "progress": _load(self.progress_file),
             "stdout": "" if running else _tail(self.folder / "stdout"),
@@ -357,7 +358,8 @@ def main() -> None:
 
     if module.check_mode and p["mode"] != "wait":
         if not p["check_argv"]:
-            module.exit_json(changed=True, skipped=True, running=False, rc=None, msg=f"would run {p['argv'][0]}")
+            said = f"would run {p['argv'][0]}"
+            module.exit_json(changed=True, skipped=True, running=False, exit_status=None, msg=said)
         done = subprocess.run(
             p["check_argv"], capture_output=True, text=True, env={**os.environ, **environment, **secrets}, check=False
         )
@@ -366,7 +368,7 @@ def main() -> None:
             running=False,
             ended=True,
             attached=False,
-            rc=done.returncode,
+            exit_status=done.returncode,
             stdout=done.stdout,
             stderr=done.stderr,
             progress=None,

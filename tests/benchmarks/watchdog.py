@@ -28,8 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "plugins/module_utils")]
 
-from reap.watch.policy import KB_PER_GIB, Action, Limits  # noqa: E402
-from reap.watch.series import Piece, Series, replay  # noqa: E402
+from reap.watch.policy import KB_PER_GIB, Action, Limits
+from reap.watch.series import Piece, Series, replay
 
 FLOOR, HARD = 8 * KB_PER_GIB, 3 * KB_PER_GIB
 TICK_S = 0.001
