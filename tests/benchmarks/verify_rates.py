@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -74,7 +75,8 @@ def main() -> int:
     parser.add_argument("--answer", type=int, default=256, help="tokens of each answer")
     parser.add_argument("--runs", type=int, default=5, help="requests of each in a round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=1)
+    # A new one each time: the prompts of an earlier run are in the prefix cache.
+    parser.add_argument("--seed", type=int, default=int(time.time()))
     args = parser.parse_args()
     # In turns, so that whatever else the machine does meets both.
     results, mine = [], []
@@ -87,7 +89,8 @@ def main() -> int:
     medians = {name: median(result[f"median_{name}"] for result in results) for name in ("ttft_ms", "tpot_ms")}
     worst = 0.0
     print(
-        f"{args.rounds * args.runs} requests each, in turns, one at a time; prompt {args.tokens} (theirs {prompt:g}) tokens"
+        f"{args.rounds * args.runs} requests each, in turns, one at a time; "
+        f"prompt {args.tokens} (theirs {prompt:g}), answer {args.answer} tokens"
     )
     print(f"{'':<28}{'reap verify':>14}{'vllm bench':>14}{'ratio':>9}")
     for name, other in medians.items():
