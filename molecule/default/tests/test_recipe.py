@@ -153,7 +153,11 @@ BAD_INPUT = {
         ["-e", '{"runtime_image_digest": "sha256:' + "0" * 64 + '", "runtime_image_id": "sha256:' + "0" * 64 + '"}'],
         "sha256:" + "0" * 12,
     ),
-    "disk too small": (["-e", "model_fetch_reserve_bytes=900000000000000"], "free"),
+    # Another model, because what is there already needs no room.
+    "disk too small": (
+        ["-e", "reap_sim_model=sim/no-needle", "-e", "model_fetch_reserve_bytes=900000000000000"],
+        "free",
+    ),
     "not root": (["-e", "ansible_become=false"], "root"),
 }
 
