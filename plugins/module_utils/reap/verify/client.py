@@ -105,6 +105,7 @@ class Reply:
     events: list[TokenEvent] = field(default_factory=list)
     done: int = 0
     headers_s: float | None = None
+    last_chunk_s: float | None = None
     end_s: float = 0.0
     cancelled: bool = False
     body: str = ""
@@ -138,6 +139,7 @@ class Reply:
             "first_reasoning_s": self.first_of("reasoning"),
             "first_content_s": self.first_of("content"),
             "last_token_s": self.last_token_s,
+            "last_chunk_s": self.last_chunk_s,
             "end_s": self.end_s,
         }
 
@@ -435,6 +437,7 @@ class Client:
 
     @staticmethod
     def _take_choice(reply: Reply, choice: Mapping[str, Any], at: float, read: int) -> None:
+        reply.last_chunk_s = at
         reason = choice.get("finish_reason")
         if isinstance(reason, str):
             reply.finish_reason = reason

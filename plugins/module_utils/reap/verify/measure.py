@@ -15,7 +15,8 @@ class Rates:
     """Rates of one streamed request.
 
     prefill = prompt tokens / TTFT and decode = (completion tokens - 1) / (last - first token), the definitions of the
-    published figures. `decode_tok_s` is None where fewer than two tokens or no time lie between first and last.
+    published figures. The last token is the one that ends the answer: it is counted but has no text, and comes with the
+    last event of the choice. `decode_tok_s` is None where fewer than two tokens or no time lie between first and last.
     """
 
     prompt_tokens: int
@@ -31,7 +32,7 @@ class Rates:
 
 def rates(reply: Reply) -> Rates | None:
     """The rates of a streamed reply, or None when it carries no token or no usage."""
-    first, last = reply.first_token_s, reply.last_token_s
+    first, last = reply.first_token_s, reply.last_chunk_s
     if first is None or last is None or reply.usage is None or first <= 0:
         return None
     completion = reply.usage.completion
