@@ -33,10 +33,9 @@ def playbook(name: str, *extra: str) -> subprocess.CompletedProcess[str]:
         "ANSIBLE_NOCOLOR": "1",
         "REAP_PROGRESS": "log",
     }
-    # Molecule's own settings would point Ansible at another inventory.
-    environment = {
-        key: value for key, value in environment.items() if not key.startswith(("MOLECULE_", "ANSIBLE_INVENTORY"))
-    }
+    # Molecule's own settings would point Ansible at another inventory and colour what is read here.
+    unwanted = ("MOLECULE_", "ANSIBLE_INVENTORY", "ANSIBLE_FORCE_COLOR", "FORCE_COLOR", "PY_COLORS")
+    environment = {key: value for key, value in environment.items() if not key.startswith(unwanted)}
     command = [
         str(Path(sys.executable).parent / "ansible-playbook"),
         "-i",
