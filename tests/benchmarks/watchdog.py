@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "plugins/module_utils")]
@@ -70,6 +71,9 @@ class Scene:
         os.close(fd)
 
     def new_container(self) -> subprocess.Popen[bytes]:
+        if hasattr(self, "container"):
+            self.container.kill()
+            self.container.wait()
         child = subprocess.Popen(["sleep", "3600"])
         self.procs.write_text(f"{child.pid}\n")
         (self.folder / "container.pid").write_text(str(child.pid))
@@ -102,6 +106,20 @@ class Scene:
         self.procs.write_text("")
         assert crossed is not None, "killed before the floor was crossed"
         return time.monotonic() - crossed
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        try:
+            lines = (self.folder / "events.jsonl").read_text().splitlines()
+        except OSError:
+            return []
+        return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+    def end(self, guard: subprocess.Popen[bytes]) -> None:
+        """Leave no process behind, however the measurement ended."""
+        guard.terminate()
+        guard.wait()
+        self.container.kill()
+        self.container.wait()
 
 
 def cpu_s(pid: int) -> float:
@@ -177,9 +195,10 @@ def start_naive(scene: Scene) -> subprocess.Popen[bytes]:
 
 
 def measure_reap(rounds: int, idle_s: float) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         scene = Scene(Path(name))
         guard = start_reap(scene)
+        stack.callback(scene.end, guard)
         figures = {}
         for label, kb in (("idle", 30), ("near", 9.6)):
             scene.set_memory(int(kb * KB_PER_GIB))
@@ -195,14 +214,12 @@ def measure_reap(rounds: int, idle_s: float) -> dict[str, float]:
             scene.new_container()
             time.sleep(1.5 + random.random())
             times.append(1000 * scene.fall_until_killed(4 * KB_PER_GIB, 10 * KB_PER_GIB))
-        time.sleep(1)
-        for line in (scene.folder / "events.jsonl").read_text().splitlines():
-            event = json.loads(line)
-            if event["event"] == "kill":
-                # What memory had lost below the floor when it was decided, at the speed it fell with.
-                decisions.append(1000 * (FLOOR - event["mem_available_kb"]) / (4 * KB_PER_GIB))
-        guard.terminate()
-        guard.wait()
+            # The group's folder is used again for the next container, which a kill under way would take with it.
+            while len(scene.events("killed")) < len(times):
+                time.sleep(0.01)
+        for event in scene.events("kill"):
+            # What memory had lost below the floor when it was decided, at the speed it fell with.
+            decisions.append(1000 * (FLOOR - event["mem_available_kb"]) / (4 * KB_PER_GIB))
         assert len(decisions) == rounds, (len(decisions), rounds)
         figures |= {"decision_p50_ms": percentile(decisions, 0.5), "decision_p99_ms": percentile(decisions, 0.99)}
         return figures | {"kill_p50_ms": percentile(times, 0.5), "kill_p99_ms": percentile(times, 0.99)}
@@ -212,20 +229,23 @@ def measure_naive(rounds: int, idle_s: float) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         scene = Scene(Path(name))
         guard = start_naive(scene)
-        time.sleep(1)
-        before = cpu_s(guard.pid)
-        time.sleep(idle_s)
-        figures = {"idle_percent": 100 * (cpu_s(guard.pid) - before) / idle_s, "rss_mb": rss_mb(guard.pid)}
-        guard.terminate()
-        guard.wait()
+        try:
+            time.sleep(1)
+            before = cpu_s(guard.pid)
+            time.sleep(idle_s)
+            figures = {"idle_percent": 100 * (cpu_s(guard.pid) - before) / idle_s, "rss_mb": rss_mb(guard.pid)}
+        finally:
+            scene.end(guard)
         times = []
         for _ in range(rounds):
             scene.set_memory(30 * KB_PER_GIB)
             scene.new_container()
             guard = start_naive(scene)
-            time.sleep(1.5 + random.random())
-            times.append(1000 * scene.fall_until_killed(4 * KB_PER_GIB, 10 * KB_PER_GIB))
-            guard.wait()
+            try:
+                time.sleep(1.5 + random.random())
+                times.append(1000 * scene.fall_until_killed(4 * KB_PER_GIB, 10 * KB_PER_GIB))
+            finally:
+                scene.end(guard)
         return figures | {"kill_p50_ms": percentile(times, 0.5), "kill_p99_ms": percentile(times, 0.99)}
 
 

@@ -121,7 +121,7 @@ def test_the_pace_follows_the_distance_and_the_fall() -> None:
     policy.step(100.0, 100 * KB_PER_GIB, Phase.SERVING, "a")
     assert policy.interval_s == LIMITS.idle_interval_s
     policy.step(100.25, 9 * KB_PER_GIB, Phase.SERVING, "a")
-    assert policy.interval_s < 0.04
+    assert policy.interval_s < 0.06
     near = Policy(LIMITS)
     near.step(100.0, FLOOR + 1000, Phase.SERVING, "a")
     assert near.interval_s == LIMITS.calm_interval_s

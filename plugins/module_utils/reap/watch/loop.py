@@ -23,6 +23,8 @@ from .state import ServiceFile, ServiceState, carried_from_json, carried_to_json
 _REPORT_S = 5.0
 _METRICS_S = 10.0
 _ALIVE_S = 1.0
+# Far from the floor; near it, and so before every decision, the service's state is looked at each time.
+_SERVICE_S = 0.1
 # So long without a reading, and systemd is not told any more that all is well: it starts the watchdog anew.
 _BLIND_LIMIT_S = 10.0
 _REOPEN_S = 1.0
@@ -103,15 +105,19 @@ class Guardian:
         if self._pressure.fd >= 0:
             poll.register(self._pressure.fd, select.POLLPRI)
         monotonic, policy = time.monotonic, self._policy
-        next_alive = next_report = next_metrics = next_ping = next_reopen = 0.0
+        next_service = next_alive = next_report = next_metrics = next_ping = next_reopen = 0.0
+        near_kb = self._limits.floor_kb + self._limits.warn_margin_kb
         pressure = False
         while not self._stop:
             now = monotonic()
             self._kb = kb = self._meminfo.read()
             self._readings += 1
             self._ring.append(now, -1 if kb is None else kb)
-            self._take_service()
-            if self._target is not None and (policy.near or now >= next_alive):
+            near = policy.near or kb is None or kb < near_kb
+            if near or now >= next_service:
+                next_service = now + _SERVICE_S
+                self._take_service()
+            if self._target is not None and (near or now >= next_alive):
                 next_alive = now + _ALIVE_S
                 if not self._target.alive():
                     self._gone = self._target.identity

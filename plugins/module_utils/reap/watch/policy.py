@@ -110,6 +110,8 @@ BLIND_AFTER_S = 1.0
 WARN_AGAIN_S = 60.0
 PRESSURE_S = 2.0
 CALM_FALL_KB_S = 64 * 1024
+# Part of the time in which the fastest known fall would reach the line: a fall is seen before it is there.
+LOOK_BEFORE = 0.75
 # The slow trend: one reading every TREND_STEP_S, TREND_POINTS of them (10 minutes).
 TREND_STEP_S = 5.0
 TREND_POINTS = 120
@@ -530,7 +532,7 @@ class Policy:
         return max(0.0, -(n * stk - st * sk) / spread) if spread > 0.0 else 0.0
 
     def _next_interval(self, now: float, available_kb: int, phase: Phase, target: str | None) -> float:
-        """Half the time the fastest known fall needs to the next line below, within the three set intervals."""
+        """A part of the time the fastest known fall needs to the next line below, within the three set intervals."""
         limits = self.limits
         if target is None or target == self.carried.stopped_target:
             return limits.idle_interval_s
@@ -540,7 +542,7 @@ class Policy:
         if distance_kb <= 0 or self._below > 0 or now < self._pressure_until:
             return limits.fast_interval_s
         least = limits.fast_interval_s if self.fall_kb_s > CALM_FALL_KB_S else limits.calm_interval_s
-        return max(least, min(limits.idle_interval_s, 0.5 * distance_kb / limits.worst_fall_kb_s))
+        return max(least, min(limits.idle_interval_s, LOOK_BEFORE * distance_kb / limits.worst_fall_kb_s))
 
 
 def _size(kb: int) -> str:
