@@ -179,3 +179,28 @@ def test_a_needle_over_the_profile_s_context_is_refused() -> None:
 def test_warm_up_has_a_whole_piece_and_the_same_rest() -> None:
     assert warmup_tokens(186390, 8192) == 8192 + 186390 % 8192
     assert warmup_tokens(8000, 8192) == 0
+
+
+@pytest.mark.parametrize(
+    ("good", "passed_before", "rollback"),
+    [(["new", "old"], False, True), (["new"], False, False), (["new", "old"], True, False), (None, False, False)],
+)
+def test_only_a_generation_that_never_passed_gives_way_to_another(
+    good: list[str] | None, passed_before: bool, rollback: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, generations, evidence = tmp_path / "service.json", tmp_path / "generations.json", tmp_path / "evidence"
+    state.write_text(json.dumps({"generation": "new"}), encoding="utf-8")
+    if good is not None:
+        generations.write_text(json.dumps({"good": good}), encoding="utf-8")
+    if passed_before:
+        (evidence / "earlier").mkdir(parents=True)
+        report = {"verdict": "passed", "identity": {"service": {"generation": "new"}}}
+        (evidence / "earlier" / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    with doubles.serving(doubles.AlwaysTheSameCode) as server:
+        config = tmp_path / "verify.json"
+        settings = {"endpoint": server.url, "model": doubles.MODEL, "tasks": ["smoke"], "needle_tokens": 500,
+                    "service_file": str(state), "generations_file": str(generations),
+                    "evidence_dir": str(evidence)}  # fmt: skip
+        config.write_text(json.dumps(settings), encoding="utf-8")
+        assert main(["verify", "--config", str(config), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rollback"] is rollback

@@ -14,6 +14,7 @@ from ..fetch.progress import Progress
 from ..verify import CouldNotRun, Settings, verify
 from ..verify.evidence import (
     REPORT,
+    another_generation,
     check_writable,
     generation_passed,
     new_folder,
@@ -89,16 +90,16 @@ def settings_from(args: argparse.Namespace) -> Settings:
     return Settings.from_mapping(given, "the command line")
 
 
-def outcome(report: dict[str, Any], path: str, *, skipped: bool) -> dict[str, Any]:
+def outcome(report: dict[str, Any], path: str, settings: Settings, *, skipped: bool) -> dict[str, Any]:
     """What a program reads from the last line.
 
-    `rollback` is true when the run failed and its generation of the service never passed one: then the generation
-    before it is the better one. A generation that passed once and fails now has met something else.
+    `rollback` is true when the run failed, its generation of the service never passed one, and another generation
+    served here before: that one is the better one. A generation that passed once and fails now has met something else.
     """
     generation = report["identity"]["service"]["generation"]
     proved = report["verdict"] != "failed" or generation_passed(Path(path).parents[1], generation)
     return {
-        "rollback": generation is not None and not proved,
+        "rollback": not proved and another_generation(settings, generation),
         "changed": not skipped,
         "skipped": skipped,
         "report": path,
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
                 if progress is not None:
                     progress.done("verified before")
                 if args.json:
-                    print(json.dumps(outcome(before, before["path"], skipped=True)))
+                    print(json.dumps(outcome(before, before["path"], settings, skipped=True)))
                 return 0
         report = verify(settings, say, step, api_key=key)
         folder = new_folder(parent, report["stamp"], settings.profile or settings.model)
@@ -162,5 +163,5 @@ def run(args: argparse.Namespace) -> int:
         else:
             progress.done(report["verdict"])
     if args.json:
-        print(json.dumps(outcome(report, str(path), skipped=False), ensure_ascii=False))
+        print(json.dumps(outcome(report, str(path), settings, skipped=False), ensure_ascii=False))
     return 1 if failed else 0

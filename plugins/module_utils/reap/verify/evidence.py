@@ -21,7 +21,7 @@ from .settings import Settings
 SCHEMA = "reap-verification/1"
 REPORT = "report.json"
 # Settings that say how to look, not at what.
-_NOT_THE_SUBJECT = ("evidence_dir", "sample_memory", "memory_hertz")
+_NOT_THE_SUBJECT = ("evidence_dir", "generations_file", "sample_memory", "memory_hertz")
 
 
 def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
@@ -88,6 +88,17 @@ def subject(settings: Settings, service: Mapping[str, Any]) -> str:
     started = {key: service.get(key) for key in ("boot_id", "container_id", "started_unix", "generation")}
     text = json.dumps([__version__, SCHEMA, asked, started], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def another_generation(settings: Settings, generation: str | None) -> bool:
+    """Whether another generation than this one served on this host, so that there is one to go back to."""
+    if not settings.generations_file or not generation:
+        return False
+    try:
+        good = json.loads(Path(settings.generations_file).read_text(encoding="utf-8"))["good"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return isinstance(good, list) and any(name != generation for name in good)
 
 
 def generation_passed(parent: Path, generation: str | None) -> bool:

@@ -52,6 +52,7 @@ class Settings:
         slower_below, fail_below: shares of a published rate below which a run counts as slower, or as failed.
         identity: what the recipe knows of the subject (image, patch set, model, settings); goes into the report.
         service_file: state file of the service; its generation and start time identify the subject.
+        generations_file: the service's record of the generations that served; None: there is none to go back to.
         api_key_file: file that holds the API key; None, or no such file: none is sent.
         evidence_dir: the folder that gets one folder per run.
     """
@@ -92,6 +93,7 @@ class Settings:
     fail_below: float = 0.5
     identity: dict[str, Any] = field(default_factory=dict)
     service_file: str | None = None
+    generations_file: str | None = None
     api_key_file: str | None = None
     evidence_dir: str = "/var/lib/reap/evidence"
 
