@@ -80,10 +80,16 @@ def started(host: Any) -> Callable[[], str]:
 
 @contextmanager
 def same_service(started: Callable[[], str], host: Any) -> Iterator[None]:
-    """Whatever happens inside, the model is neither restarted nor lost."""
-    before = started()
+    """Whatever happens inside, the model is neither restarted nor lost, nor would a boot serve anything else."""
+
+    def wanted() -> str:
+        with host.sudo():
+            return str(host.check_output("sha256sum /etc/reap/service.json"))
+
+    before, file_before = started(), wanted()
     yield
     assert started() == before
+    assert wanted() == file_before
     assert host.service("reap").is_running
 
 

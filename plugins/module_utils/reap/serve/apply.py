@@ -63,7 +63,11 @@ def apply(config_path: Path, *, check: bool = False) -> Outcome:
         return Outcome(False, wanted.generation, wanted.endpoint, f"{wanted.generation} serves on {wanted.endpoint}")
     problem = _problem(wanted, state)
     if problem:
-        # What serves now is left alone.
+        # What serves now is left alone, and the file says it again: a boot would serve what the file says.
+        generations = Generations(Path(wanted.state_dir))
+        serving = generations.config(str(state.get("generation"))) if alive(state) else None
+        if serving is not None and serving.generation != wanted.generation and not check:
+            _write_back(config_path, serving)
         return Outcome(False, wanted.generation, wanted.endpoint, "; ".join(reasons), f"nothing was changed: {problem}")
     if check:
         return Outcome(True, wanted.generation, wanted.endpoint, "; ".join(reasons))
@@ -103,12 +107,16 @@ def rollback(config_path: Path) -> Outcome:
     if target is None:
         known = ", ".join(generations.good) or "none"
         raise ReapError(f"no generation to go back to from {leaving}: those that served on this host: {known}")
-    # In the form in which a provision writes it: one that asks for the same finds nothing to change.
-    write_text(config_path, json.dumps(target.to_mapping(), indent=2, sort_keys=True) + "\n", 0o644)
+    _write_back(config_path, target)
     outcome = apply(config_path)
     outcome.changed = True
     outcome.msg = f"went back from {leaving} to {target.generation}: {outcome.msg}"
     return outcome
+
+
+def _write_back(config_path: Path, config: ServiceConfig) -> None:
+    """Write the file in the form in which a provision does: one that asks for the same finds nothing to change."""
+    write_text(config_path, json.dumps(config.to_mapping(), indent=2, sort_keys=True) + "\n", 0o644)
 
 
 def _reasons(wanted: ServiceConfig, unit: dict[str, str], state: dict[str, Any]) -> list[str]:

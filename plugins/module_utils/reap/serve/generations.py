@@ -38,7 +38,7 @@ class Generations:
 
     def previous(self, name: str) -> ServiceConfig | None:
         """The newest generation that served and is not this one."""
-        return next((config for other in self.good if other != name and (config := self._load(other))), None)
+        return next((config for other in self.good if other != name and (config := self.config(other))), None)
 
     def begin(self, name: str) -> None:
         """Note that a generation is about to be loaded; :meth:`serves`, :meth:`failed` or :meth:`undone` ends that."""
@@ -87,7 +87,8 @@ class Generations:
     def _record(self) -> dict[str, Any]:
         return {"good": [], "failed": {}, "attempts": {}} | (read_json(self._file) or {})
 
-    def _load(self, name: str) -> ServiceConfig | None:
+    def config(self, name: str) -> ServiceConfig | None:
+        """What a generation that served on this host was told; None where it is not known."""
         try:
             return ServiceConfig.read(self._folder / f"{name}.json")
         except ReapError:
