@@ -125,5 +125,5 @@ def test_the_pace_follows_the_distance_and_the_fall() -> None:
     near = Policy(LIMITS)
     near.step(100.0, FLOOR + 1000, Phase.SERVING, "a")
     assert near.interval_s == LIMITS.calm_interval_s
-    near.step(100.1, 30 * KB_PER_GIB, Phase.SERVING, "a", psi=True)
-    assert near.interval_s == LIMITS.fast_interval_s
+    near.step(102.0, 30 * KB_PER_GIB, Phase.SERVING, "a", psi=True)
+    assert near.interval_s == LIMITS.calm_interval_s

@@ -128,7 +128,7 @@ class Policy:
         interval_s: time until the next reading is wanted, s.
         reason: one line that says why, set with every action except NONE.
         fall_kb_s: fall over the last second, kB/s, 0 when memory does not fall.
-        near: the reading is within the warning margin of the floor, or pressure was reported.
+        near: the reading is within the warning margin of the floor.
         carried: counters, hold and budget, to be saved and handed to the next instance.
     """
 
@@ -231,7 +231,7 @@ class Policy:
         line_kb = self._floor_of(phase) if target is not None else None
         if line_kb is None:
             line_kb = limits.floor_kb
-        self.near = available_kb < line_kb + limits.warn_margin_kb or now < self._pressure_until
+        self.near = available_kb < line_kb + limits.warn_margin_kb
         action = self._guard(now, available_kb, phase, target)
         self.interval_s = self._next_interval(now, available_kb, phase, target)
         if action is not Action.NONE:
@@ -539,10 +539,11 @@ class Policy:
         floor_kb = self._floor_of(phase)
         line_kb = limits.hard_floor_kb if floor_kb is None else floor_kb
         distance_kb = available_kb - line_kb
-        if distance_kb <= 0 or self._below > 0 or now < self._pressure_until:
+        if distance_kb <= 0 or self._below > 0:
             return limits.fast_interval_s
         least = limits.fast_interval_s if self.fall_kb_s > CALM_FALL_KB_S else limits.calm_interval_s
-        return max(least, min(limits.idle_interval_s, LOOK_BEFORE * distance_kb / limits.worst_fall_kb_s))
+        most = limits.calm_interval_s if now < self._pressure_until else limits.idle_interval_s
+        return max(least, min(most, LOOK_BEFORE * distance_kb / limits.worst_fall_kb_s))
 
 
 def _size(kb: int) -> str:
