@@ -115,7 +115,8 @@ def test_service_and_watchdog_run_and_start_at_boot(host: Any) -> None:
         assert host.service(name).is_enabled
 
 
-def test_the_evidence_says_passed_and_that_it_was_simulated() -> None:
+def test_the_evidence_says_passed_and_that_it_was_simulated(host: Any) -> None:
+    assert host.service("reap").is_running
     reports = sorted((ROOT / "artifacts" / HOST).glob("*/report.json"), key=lambda path: path.stat().st_mtime)
     report = json.loads(reports[-1].read_text(encoding="utf-8"))
     assert report["verdict"].startswith("passed")
@@ -139,7 +140,9 @@ def test_check_mode_on_a_converged_host_promises_no_change(host: Any, started: C
         assert changed(done) == 0, done.stdout[-6000:]
 
 
-def test_status_is_one_line_and_one_json() -> None:
+def test_status_is_one_line_and_one_json(host: Any) -> None:
+    # With the host as argument, or pytest runs it after all tests that have it, and so after the teardown.
+    assert host.service("reap").is_running
     done = playbook("playbooks/status.yml")
     assert done.returncode == 0, done.stdout[-3000:]
     assert re.search(rf"^{HOST} +ok .*serving", done.stdout, re.MULTILINE), done.stdout[-1500:]
