@@ -1,6 +1,6 @@
 """The pages in a real browser: nothing is fetched, nothing is logged, nothing overflows, both themes are readable.
 
-Needs the package chromium (`make test` installs it): `.venv/bin/pytest tests/browser`.
+Needs a Chromium or Chrome on the path (`make test` installs the distribution's): `.venv/bin/pytest tests/browser`.
 """
 
 from __future__ import annotations
@@ -24,45 +24,64 @@ from tests.support import lying_servers as doubles
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser here: install the package chromium")
 
-# Put into a copy of the page: what it is like once it is laid out, as the title.
+PAGES = {"passed": "good/*/report.html", "failed": "bad/*/report.html", "fleet": "index.html"}
+# A headless browser's window cannot be narrower than 500 pixels. A frame can, and media queries ask the frame.
+WIDTHS = {"desk": 1200, "phone": 390}
+
+# What each page is like once it is laid out, as the title of the page that holds them all.
 PROBE = """<script>
-addEventListener("load", () => {
-  const shown = e => e.getClientRects().length > 0;
-  const linear = v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-  const luminance = c => { const p = c.match(/[\\d.]+/g).map(v => linear(v / 255));
-    return .2126 * p[0] + .7152 * p[1] + .0722 * p[2]; };
-  const contrast = (a, b) => { const [x, y] = [luminance(a), luminance(b)].sort((m, n) => n - m);
-    return (x + .05) / (y + .05); };
-  const texts = [...document.querySelectorAll("svg text")].filter(shown);
-  const surface = document.querySelector(".panel") || document.body;
-  const back = getComputedStyle(surface).backgroundColor;
-  document.title = JSON.stringify({
+const linear = v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+const numbers = c => c.match(/[\\d.]+/g).map(Number);
+const luminance = c => { const p = numbers(c).map(v => linear(v / 255));
+  return .2126 * p[0] + .7152 * p[1] + .0722 * p[2]; };
+const contrast = (a, b) => { const [x, y] = [luminance(a), luminance(b)].sort((m, n) => n - m);
+  return (x + .05) / (y + .05); };
+const look = frame => {
+  const { document, performance, innerWidth } = frame.contentWindow;
+  const style = e => frame.contentWindow.getComputedStyle(e);
+  const all = selector => [...document.querySelectorAll(selector)].filter(e => e.getClientRects().length > 0);
+  const ground = e => { for (; e; e = e.parentElement) {
+    const c = style(e).backgroundColor; if ((numbers(c)[3] ?? 1) > 0) return c; } };
+  const texts = all("svg text");
+  return {
     width: innerWidth, page: document.documentElement.scrollWidth,
-    background: getComputedStyle(document.body).backgroundColor,
-    drawings: [...document.querySelectorAll("figure")].length,
-    shown: [...document.querySelectorAll("figure svg")].filter(shown).length,
+    background: style(document.body).backgroundColor,
+    drawings: all("figure").length, shown: all("figure svg").length,
     words: texts.map(e => e.textContent.trim()),
     smallest: Math.min(...texts.map(e => e.getBoundingClientRect().height)),
-    contrast: Math.min(...[...document.querySelectorAll("h1, h2, p, td, .muted, .verdict, figcaption")].filter(shown)
-      .map(e => contrast(getComputedStyle(e).color, back))),
+    outside: texts.filter(e => { const t = e.getBoundingClientRect(), s = e.ownerSVGElement.getBoundingClientRect();
+      return t.left < s.left - 1 || t.right > s.right + 1; }).map(e => e.textContent.trim()),
+    contrast: Math.min(...all("h1, h2, p, td, th, a, summary span, .muted, .verdict, figcaption")
+      .map(e => contrast(style(e).color, ground(e)))),
     resources: performance.getEntriesByType("resource").map(r => r.name),
-  });
+  };
+};
+addEventListener("load", () => {
+  const views = [...document.querySelectorAll("iframe")].map(frame => [frame.id, look(frame)]);
+  document.title = JSON.stringify(Object.fromEntries(views));
 });
 </script>"""
 
 
-def look(page: Path, folder: Path, width: int, *, dark: bool) -> tuple[dict[str, Any], str]:
-    """What the probe saw, and what the browser logged of the page."""
-    probed = folder / "probed.html"
-    probed.write_text(page.read_text(encoding="utf-8").replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
+def look(artifacts: Path, folder: Path, *, dark: bool) -> tuple[dict[str, Any], str]:
+    """What the probe saw of every page at every width, and what the browser logged."""
+    frames = "".join(
+        f'<iframe id="{name}-{device}" width="{width}" height="1400" frameborder="0" '
+        f'srcdoc="{html.escape(next(artifacts.glob(pattern)).read_text(encoding="utf-8"))}"></iframe>'
+        for name, pattern in PAGES.items()
+        for device, width in WIDTHS.items()
+    )
+    holder = folder / "holder.html"
+    icon = '<meta charset="utf-8"><link rel="icon" href="data:,">'
+    holder.write_text(f"<!doctype html>{icon}{PROBE}{frames}", encoding="utf-8")
     command = [
         str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-        # A dead proxy: whatever the page would fetch fails and is logged.
+        # A dead proxy: whatever a page would fetch fails and is logged.
         "--proxy-server=127.0.0.1:9", "--enable-logging=stderr", "--log-level=0",
-        f"--user-data-dir={folder / 'profile'}", f"--window-size={width},1400",
+        f"--user-data-dir={folder / 'profile'}", "--window-size=1300,1400",
         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-        "--dump-dom", probed.as_uri(),
+        "--dump-dom", holder.as_uri(),
     ]  # fmt: skip
     environment = {**os.environ, "HOME": str(folder)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=environment)
@@ -104,26 +123,40 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [1200, 500], ids=["desk", "phone"])
-@pytest.mark.parametrize("name", ["good/*/report.html", "bad/*/report.html", "index.html"])
-def test_a_page_is_readable(name: str, width: int, dark: bool, artifacts: Path, tmp_path: Path) -> None:
-    seen, console = look(next(artifacts.glob(name)), tmp_path, width, dark=dark)
-    assert console == ""
-    assert seen["resources"] == []
-    assert seen["page"] <= seen["width"], "the page is wider than the window"
-    assert seen["contrast"] >= 4.5
-    channels = [int(value) for value in re.findall(r"\d+", seen["background"])[:3]]
+@pytest.fixture(scope="module", params=[False, True], ids=["light", "dark"])
+def seen(
+    request: pytest.FixtureRequest, artifacts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[bool, dict[str, Any], str]:
+    """One start of the browser for all pages of a theme: whether it is the dark one, what was seen, what was logged."""
+    return request.param, *look(artifacts, tmp_path_factory.mktemp("browser"), dark=request.param)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_readable(name: str, width: str, seen: tuple[bool, dict[str, Any], str]) -> None:
+    dark, views, _console = seen
+    view = views[f"{name}-{width}"]
+    assert view["width"] == WIDTHS[width]
+    assert view["page"] <= view["width"], "the page is wider than the window"
+    assert view["contrast"] >= 4.5
+    channels = [int(value) for value in re.findall(r"\d+", view["background"])[:3]]
     assert (max(channels) < 80) is dark
-    if "report" in name:
+    if name != "fleet":
         # One of the two widths of each drawing is shown, with letters that can be read.
-        assert seen["shown"] == seen["drawings"] >= 4
-        assert seen["smallest"] >= 9
-        said = " ".join(seen["words"])
+        assert view["shown"] == view["drawings"] >= 4
+        assert view["smallest"] >= 9
+        assert view["outside"] == []
+        said = " ".join(view["words"])
         for unit in ("seconds since the start", "GiB", "prompt tokens", "prefill, tokens/s", "depth of the needle"):
             assert unit in said
-        for legend in ("MemAvailable", "watchdog's floor", "needle found" if "good" in name else "needle lost"):
+        for legend in ("MemAvailable", "watchdog's floor", "needle found" if name == "passed" else "needle lost"):
             assert legend in said
+
+
+def test_nothing_is_fetched_or_logged(seen: tuple[bool, dict[str, Any], str]) -> None:
+    _dark, views, console = seen
+    assert console == ""
+    assert [view["resources"] for view in views.values()] == [[]] * len(views)
 
 
 def test_a_page_holds_what_it_needs(artifacts: Path) -> None:
