@@ -347,11 +347,10 @@ def stop_private() -> None:
         pid = _pid(pid_file)
         if pid:
             run(as_root(["kill", "-TERM", str(pid)]), check=False)
-            gone = Path(f"/proc/{pid}")
             end = time.monotonic() + 40
-            while gone.exists() and time.monotonic() < end:
+            while _runs(pid) and time.monotonic() < end:
                 time.sleep(0.1)
-            if gone.exists():
+            if _runs(pid):
                 run(as_root(["kill", "-KILL", str(pid)]), check=False)
         _kill_leftovers(home)
         for mount in reversed(_mounts_below([home, ENGINE_DIR])):
@@ -370,6 +369,14 @@ def _pid(pid_file: Path) -> int | None:
     except (OSError, ValueError):
         return None
     return pid if str(ENGINE_DIR / "daemon.json").encode() in words else None
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process still runs. One that ended but was started by this process stays in /proc, without words."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
 
 
 def _pids(wanted: Callable[[list[str]], bool]) -> list[int]:

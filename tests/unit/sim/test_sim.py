@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 from pathlib import Path
@@ -222,3 +223,12 @@ def test_wrong_use_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
             cli.main(words)
         assert ended.value.code == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_a_child_that_ended_does_not_count_as_running() -> None:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        assert engine._runs(child.pid)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, but nobody asked how
+        assert Path(f"/proc/{child.pid}").exists()
+        assert not engine._runs(child.pid)
