@@ -22,12 +22,17 @@ requirements:
 # What a failed result may carry, the most telling first.
 MESSAGE_KEYS = ("msg", "stderr", "stdout", "exception")
 SHOWN_CHARACTERS = 300
+REFUSED = "failed to validate"
 
 
 def first_message(result: dict[str, Any]) -> str:
     """Why a task failed, in one line."""
     for key in MESSAGE_KEYS:
         text = str(result.get(key) or "").strip()
+        if text == REFUSED:
+            # template and copy say only this of `validate:`; the reason is what that program printed.
+            said = (str(result.get(name) or "").strip() for name in ("stdout", "stderr"))
+            text = ": ".join(filter(None, (text, *said)))
         if text:
             line = " ".join(text.split())
             return line if len(line) <= SHOWN_CHARACTERS else line[: SHOWN_CHARACTERS - 1] + "…"

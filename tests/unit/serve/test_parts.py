@@ -362,12 +362,11 @@ def test_status_tells_what_serves_and_how_it_was_verified(tmp_path: Path) -> Non
     state = {"phase": "serving", "boot_id": boot_id(), "pid": os.getpid(), "profile": "p", "served_model_name": "M",
              "endpoint": "http://127.0.0.1:8000", "since_unix": 0.0, "detail": "d"}  # fmt: skip
     (tmp_path / "service.json").write_text(json.dumps(state))
-    (tmp_path / "watchdog.json").write_text(json.dumps({"phase": "guarding", "kills": 0}))
     (tmp_path / "20260101T000000Z-p").mkdir()
     (tmp_path / "20260101T000000Z-p/report.json").write_text(json.dumps({"verdict": "passed"}))
     line = status.one_line(status.collect(tmp_path, tmp_path))
     assert "M (p) on http://127.0.0.1:8000" in line
-    assert "watchdog guarding, 0 kills" in line
+    assert "NO WATCHDOG RUNS: systemctl start reap-watchdog" in line
     assert "last verification passed" in line
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from reap.cli import status
+
 REPOSITORY = Path(__file__).parents[3]
 FLOOR, LOADING, HARD = 800_000, 700_000, 300_000
 AWAIT_S = 20.0
@@ -36,7 +38,7 @@ class Host:
         self.events_file = folder / "log" / "events.jsonl"
         self.state_file = folder / "run" / "watchdog.json"
         self.service_file = folder / "run" / "service.json"
-        self.evidence = folder / "evidence"
+        self.evidence = folder / "evidence" / "watchdog"
         (folder / "run").mkdir()
         self.set_memory(2_000_000)
         self.guard: subprocess.Popen[str] | None = None
@@ -180,6 +182,7 @@ def test_a_crossed_floor_kills_the_container_and_leaves_evidence_and_a_hold(host
     assert state["last_event"]["event"] == "kill"
     bundle_file = host.evidence / kill["evidence"] / "bundle.json"
     await_true(bundle_file.exists, "the evidence bundle")
+    assert status.collect(host.folder / "run", host.folder / "evidence")["evidence"] == str(bundle_file)
     bundle = json.loads(bundle_file.read_text())
     assert bundle["meminfo"][1].split()[1] == "310000"
     assert bundle["series"][0][1] == 2_000_000
@@ -287,6 +290,10 @@ def test_a_spent_budget_latches_until_it_is_lifted(host: Host) -> None:
         await_true(lambda: host.phase() == "absent", "the phase")
     assert host.state()["latched"]
     assert host.state()["hold_until_available_kb"] > 4_000_000
+    found = status.collect(host.folder / "run", host.folder / "evidence")
+    line = status.one_line(found)
+    assert "watchdog on guard, 2 kills, 2 of 1 stops in the budget's window; LATCHED" in line
+    assert "its last decision, 0 s ago: kill: MemAvailable 195 MiB is below" in line
     done = subprocess.run(
         [sys.executable, "-m", "reap", "watch", "--config", str(host.settings), "--lift"],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY / "plugins/module_utils")},
@@ -295,7 +302,31 @@ def test_a_spent_budget_latches_until_it_is_lifted(host: Host) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    await_true(lambda: host.state()["hold_until_available_kb"] is None, "the lifted hold")
+    # It ends when the lift is there, so that a start right after it is not held any more.
+    state = host.state()
+    assert (state["hold_until_available_kb"], state["latched"], state["stops_in_window"]) == (None, False, 0)
+    assert host.events("lifted")
+
+
+def test_what_an_earlier_boot_left_is_not_taken_over(host: Host) -> None:
+    left = {"boot_id": "another", "last_event": {"event": "kill"}, "carried": {"kills": 3, "latched": True}}
+    host.state_file.write_text(json.dumps(left))
+    host.start()
+    await_true(lambda: host.state().get("boot_id") != "another", "a state of its own")
+    state = host.state()
+    assert (state["kills"], state["latched"], state["last_event"]) == (0, False, None)
+
+
+def test_a_lift_without_a_watchdog_says_what_to_do(host: Host) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "reap", "watch", "--config", str(host.settings), "--lift"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "plugins/module_utils")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "start reap-watchdog.service first" in done.stderr
 
 
 def test_it_stops_when_asked_and_says_so(host: Host) -> None:

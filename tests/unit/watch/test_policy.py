@@ -9,7 +9,7 @@ from reap.watch.policy import KB_PER_GIB, Action, Carried, Limits, Phase, Policy
 from reap.watch.series import Change, Piece, Series, replay
 
 FLOOR, HARD = 8 * KB_PER_GIB, 3 * KB_PER_GIB
-LIMITS = Limits(floor_kb=FLOOR, loading_floor_kb=FLOOR, hard_floor_kb=HARD)
+LIMITS = Limits(floor_kb=FLOOR, loading_floor_kb=6 * KB_PER_GIB, hard_floor_kb=HARD)
 
 
 def series_of(points: list[tuple[float, int]], start_kb: int, changes: list[Change] | None = None) -> Series:
@@ -34,20 +34,25 @@ def points(low_gib: float, high_gib: float) -> st.SearchStrategy[list[tuple[floa
 FEW = settings(max_examples=40, deadline=None)
 
 
+LOADED = st.sampled_from([Phase.LOADING, Phase.SERVING])
+
+
 @FEW
-@given(points(8.01, 110.0), kb_between(8.01, 110.0))
-def test_nothing_is_stopped_while_memory_stays_above_the_floor(path: list[tuple[float, int]], start_kb: int) -> None:
-    events = replay(series_of(path, start_kb))
+@given(points(8.01, 110.0), kb_between(8.01, 110.0), LOADED)
+def test_nothing_is_stopped_while_memory_stays_above_the_floor(
+    path: list[tuple[float, int]], start_kb: int, phase: Phase
+) -> None:
+    events = replay(series_of(path, start_kb, [Change(0.0, phase=phase)]))
     assert not [event for event in events if event.action in (Action.KILL, Action.SHED)]
 
 
 @FEW
-@given(points(0.0, 30.0), kb_between(9.0, 30.0))
+@given(points(0.0, 30.0), kb_between(9.0, 30.0), LOADED)
 def test_whatever_memory_does_a_kill_takes_effect_above_the_hard_floor(
-    path: list[tuple[float, int]], start_kb: int
+    path: list[tuple[float, int]], start_kb: int, phase: Phase
 ) -> None:
     """The reserve between the last line and the hard floor is what the fastest known fall takes during a kill."""
-    series = series_of(path, start_kb)
+    series = series_of(path, start_kb, [Change(0.0, phase=phase)])
     events = replay(series)
     kills = [event for event in events if event.action is Action.KILL]
     assert len(kills) <= 1

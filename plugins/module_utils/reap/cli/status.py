@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ from ..serve.host import mem_available_kb
 from ..serve.state import alive, read_json
 
 HELP = "say in one line or in JSON what this host serves"
+
+
+_WATCHDOG = (
+    "phase", "mem_available_kb", "floor_kb", "hard_floor_kb", "kills", "sheds", "stops_in_window", "budget", "latched",
+    "hold_until_available_kb", "last_event",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +42,9 @@ def collect(run_dir: Path, evidence_dir: Path) -> dict[str, Any]:
 
     Returns:
         phase (serving, loading, stopping, absent), generation, profile, model, image, endpoint, since_unix (s), detail,
-        progress, replaced; mem_available_kb (kB); watchdog {phase, mem_available_kb, floor_kb, kills,
-        hold_until_available_kb, last_event} or null; verification {verdict, report, finished_unix} or null.
+        progress, replaced; mem_available_kb (kB); watchdog {running, phase, mem_available_kb, floor_kb, hard_floor_kb,
+        kills, sheds, stops_in_window, budget, latched, hold_until_available_kb, last_event} or null; evidence (path of
+        the newest bundle of a kill) or null; verification {verdict, report, finished_unix} or null.
     """
     state = read_json(run_dir / "service.json") or {}
     names = ("generation", "profile", "image", "endpoint", "since_unix", "detail", "progress", "replaced")
@@ -51,8 +59,10 @@ def collect(run_dir: Path, evidence_dir: Path) -> dict[str, Any]:
     except (OSError, ReapError):
         found["mem_available_kb"] = None
     watchdog = read_json(run_dir / "watchdog.json")
-    keys = ("phase", "mem_available_kb", "floor_kb", "kills", "hold_until_available_kb", "last_event")
-    found["watchdog"] = None if watchdog is None else {key: watchdog.get(key) for key in keys}
+    if watchdog is not None:
+        watchdog = {"running": alive(watchdog)} | {key: watchdog.get(key) for key in _WATCHDOG}
+    found["watchdog"] = watchdog
+    found["evidence"] = _newest_bundle(run_dir, evidence_dir)
     found["verification"] = _last_verification(evidence_dir)
     return found
 
@@ -70,13 +80,31 @@ def one_line(found: dict[str, Any]) -> str:
         parts.append(f"NOT {found['replaced']['generation']}, which failed: {found['replaced']['reason']}")
     if found.get("mem_available_kb") is not None:
         parts.append(f"{found['mem_available_kb'] / 1024**2:.1f} GiB available")
-    watchdog = found.get("watchdog")
-    parts.append(
-        "no watchdog state" if watchdog is None else f"watchdog {watchdog['phase']}, {watchdog['kills']} kills"
-    )
+    parts += _watchdog_line(found["watchdog"])
     check = found.get("verification")
     parts.append("never verified" if check is None else f"last verification {check['verdict']}")
     return "; ".join(parts)
+
+
+def _watchdog_line(watchdog: dict[str, Any] | None) -> Iterator[str]:
+    if watchdog is None or not watchdog["running"]:
+        yield "NO WATCHDOG RUNS: systemctl start reap-watchdog"
+        return
+    spent = f"{watchdog['stops_in_window']} of {watchdog['budget']} stops in the budget's window"
+    yield f"watchdog on guard, {watchdog['kills']} kills, {spent}"
+    if watchdog["latched"]:
+        yield "LATCHED, no start until: reap watch --lift"
+    elif watchdog["hold_until_available_kb"] is not None:
+        yield f"no start until {watchdog['hold_until_available_kb'] / 1024**2:.1f} GiB are available"
+    event = watchdog["last_event"]
+    if event is not None:
+        yield f"its last decision, {_age(event['unix'])} ago: {event['reason']}"
+
+
+def _newest_bundle(run_dir: Path, evidence_dir: Path) -> str | None:
+    """On a full disk the watchdog keeps its evidence in memory; the folder's name begins with the time."""
+    bundles = [*(evidence_dir / "watchdog").glob("*/bundle.json"), *(run_dir / "evidence").glob("*/bundle.json")]
+    return str(max(bundles, key=lambda path: path.parent.name)) if bundles else None
 
 
 def _last_verification(folder: Path) -> dict[str, Any] | None:

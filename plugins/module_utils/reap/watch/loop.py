@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import time
+from dataclasses import asdict
 from typing import Any
 
 from ..errors import ReapError
@@ -18,7 +19,7 @@ from .kernel import Meminfo, Pressure, Systemd, lock_memory, protect_from_oom_ki
 from .policy import Action, Phase, Policy
 from .ring import Ring
 from .secretary import Secretary
-from .state import ServiceFile, ServiceState, carried_from_json, carried_to_json, read_boot_id, read_json, write_atomic
+from .state import ServiceFile, ServiceState, carried_from_json, read_boot_id, read_json, write_atomic
 
 _REPORT_S = 5.0
 _METRICS_S = 10.0
@@ -48,10 +49,9 @@ class Guardian:
         self._secretary = Secretary(settings, self._ring)
         self._service = ServiceFile(settings.paths.service_state, self._boot_id)
         before = read_json(settings.paths.state)
-        before = before if isinstance(before, dict) else {}
-        self._policy = Policy(self._limits, carried_from_json(before.get("carried"), self._boot_id))
-        self._last_event: dict[str, Any] | None = before.get("last_event") if self._policy.carried.kills else None
-        self._last_bundle: str | None = before.get("evidence") if self._policy.carried.kills else None
+        before = before if isinstance(before, dict) and before.get("boot_id") == self._boot_id else {}
+        self._policy = Policy(self._limits, carried_from_json(before.get("carried")))
+        self._last_event: dict[str, Any] | None = before.get("last_event")
         self._target: Target | None = None
         self._gone: str | None = None
         self._supervisor = -1
@@ -247,7 +247,6 @@ class Guardian:
         sent = time.monotonic()
         self._killing, self._killed_at, self._kill_late = target, now, False
         name = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + "-kill"
-        self._last_bundle = str(self._settings.paths.evidence / name / "bundle.json")
         self._tell(
             "kill",
             self._policy.reason,
@@ -352,11 +351,12 @@ class Guardian:
             "last_event": self._last_event,
             "kills": carried.kills,
             "sheds": carried.sheds,
+            "stops_in_window": carried.stops_since(time.monotonic() - self._limits.budget_window_s),
+            "budget": self._limits.budget,
             "hold_until_available_kb": hold_kb,
             "latched": carried.latched,
-            "evidence": self._last_bundle,
             "protection": self._protection,
-            "carried": carried_to_json(carried, self._boot_id),
+            "carried": asdict(carried),
         }
         with contextlib.suppress(OSError):
             write_atomic(self._settings.paths.state, json.dumps(state) + "\n")

@@ -96,6 +96,10 @@ class Carried:
     stopped_target: str | None = None
     last_stop: float | None = None
 
+    def stops_since(self, when: float) -> int:
+        """How many stops count against the budget whose window began at ``when``."""
+        return sum(stop > when for stop in self.stops)
+
 
 # Time over which the fall is measured: FAST to see a hard-floor crossing coming, STEADY to judge whether a graceful
 # stop still fits. A shorter one takes one large allocation for a trend.

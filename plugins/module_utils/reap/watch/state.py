@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +91,10 @@ class ServiceFile:
         return before != (self.state, self.problem)
 
 
-def carried_to_json(carried: Carried, boot_id: str) -> dict[str, Any]:
-    """What the next instance takes over, with the boot it belongs to."""
-    return {"boot_id": boot_id, **asdict(carried)}
-
-
-def carried_from_json(data: object, boot_id: str) -> Carried:
-    """The other way round; an empty one where the data is of another boot or damaged."""
-    if not isinstance(data, dict) or data.get("boot_id") != boot_id:
-        return Carried()
+def carried_from_json(data: object) -> Carried:
+    """What the instance before left, of the same boot; an empty one where that is missing or damaged."""
     try:
-        values = {f.name: data[f.name] for f in fields(Carried)}
+        values = {f.name: data[f.name] for f in fields(Carried)}  # type: ignore[index]
         carried = Carried(**values)
         carried.stops = [float(stop) for stop in carried.stops]
     except (KeyError, TypeError, ValueError):
