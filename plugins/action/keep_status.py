@@ -1,4 +1,4 @@
-"""Bring the watchdog's evidence of a kill to the controller and draw it there."""
+"""Keep a host's status on the controller, with the watchdog's evidence of its last kill and the picture of it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 
 DOCUMENTATION = r"""
-module: watchdog_page
-short_description: Fetch the evidence of a kill and draw its memory series
+module: keep_status
+short_description: Keep a host's status on the controller, with the picture of its last kill
 description:
-  - Fetches a C(bundle.json) of C(reap watch) and draws C(series.html) beside it, both on the controller.
+  - Writes C(status.json). Where it names evidence of a kill, fetches that C(bundle.json) and draws C(series.html) beside
+    it, below C(watchdog/).
   - Nothing is changed on the host, and nothing is fetched twice, because a kill's evidence never changes.
 options:
-  bundle:
-    description: Path of the bundle on the host, as C(reap status) names it.
-    type: path
+  status:
+    description: What C(reap status --json) said.
+    type: dict
     required: true
-  artifacts:
-    description: Folder on the controller for the kills of this host; each gets a folder of its own.
+  folder:
+    description: Folder on the controller, one for each host; made if missing.
     type: path
     required: true
 """
@@ -34,24 +35,31 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.new")
     beside.write_bytes(data)
     beside.replace(path)
 
 
 class ActionModule(ActionBase):
-    """Slurp, draw."""
+    """Write; slurp and draw."""
 
     _supports_check_mode = True
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         super().run(tmp, task_vars)
         _validation, arguments = self.validate_argument_spec(
-            {"bundle": {"type": "path", "required": True}, "artifacts": {"type": "path", "required": True}}
+            {"status": {"type": "dict", "required": True}, "folder": {"type": "path", "required": True}}
         )
-        remote = Path(arguments["bundle"])
-        folder = Path(arguments["artifacts"]) / remote.parent.name
-        page = folder / "series.html"
+        # Through JSON: plain values whatever types the variables have.
+        status = json.loads(json.dumps(arguments["status"], default=str))
+        folder = Path(arguments["folder"])
+        _write(folder / "status.json", (json.dumps(status) + "\n").encode())
+        if not status.get("evidence"):
+            return {"changed": False}
+        remote = Path(status["evidence"])
+        bundle = folder / "watchdog" / remote.parent.name / remote.name
+        page = bundle.with_name("series.html")
         if not page.is_file():
             slurped = self._execute_module(
                 module_name="ansible.legacy.slurp", module_args={"src": str(remote)}, task_vars=task_vars
@@ -59,14 +67,13 @@ class ActionModule(ActionBase):
             if slurped.get("failed"):
                 raise AnsibleActionFail(f"{remote} cannot be read on the host: {slurped.get('msg')}")
             data = base64.b64decode(slurped["content"])
-            drawn = self._draw(data).encode()
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / remote.name, data)
-            _write(page, drawn)
+            drawn = self._draw(data, str(remote))
+            _write(bundle, data)
+            _write(page, drawn.encode())
         return {"changed": False, "page": str(page)}
 
     @staticmethod
-    def _draw(data: bytes) -> str:
+    def _draw(data: bytes, name: str) -> str:
         if str(ROOT) not in sys.path:
             sys.path.insert(0, str(ROOT))
         # A worker has no home it may write to for sure; matplotlib wants a folder for its font list.
@@ -78,4 +85,4 @@ class ActionModule(ActionBase):
         try:
             return render_series_page(json.loads(data))
         except (KeyError, TypeError, ValueError) as error:
-            raise AnsibleActionFail(f"it is no evidence of a kill: {error!r}") from error
+            raise AnsibleActionFail(f"{name} is no evidence of a kill: {error!r}") from error
