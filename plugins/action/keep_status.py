@@ -17,8 +17,8 @@ DOCUMENTATION = r"""
 module: keep_status
 short_description: Keep a host's status on the controller, with the picture of its last kill
 description:
-  - Writes C(status.json). Where it names evidence of a kill, fetches that C(bundle.json) and draws C(series.html) beside
-    it, below C(watchdog/).
+  - Writes C(status.json). Where it names evidence of a kill, fetches that C(bundle.json) and draws C(series.html)
+    beside it, below C(watchdog/).
   - Nothing is changed on the host, and nothing is fetched twice, because a kill's evidence never changes.
 options:
   status:

@@ -151,7 +151,6 @@ class Policy:
         "_last_warn",
         "_phase",
         "_pressure_until",
-        "_seen_now",
         "_shed_target",
         "_steady_tail",
         "_t",
@@ -201,7 +200,6 @@ class Policy:
         self._pressure_until = float("-inf")
         self._phase = Phase.ABSENT
         self._target: str | None = None
-        self._seen_now = 0
 
     # -- one reading ---------------------------------------------------------------------------------------------
 
@@ -255,7 +253,8 @@ class Policy:
         """After SHED, when there is nobody to ask for a graceful stop: the same target is killed instead."""
         if self._shed_target is None:
             return Action.NONE
-        why = f"below the floor of {_size(self.limits.floor_kb)}, and no supervisor can be asked for a graceful stop"
+        floor_kb = self._floor_of(self._phase) or self.limits.floor_kb
+        why = f"is below the floor of {_size(floor_kb)}, and no supervisor can be asked for a graceful stop"
         return self._kill(now, available_kb, self._shed_target, why)
 
     def lift(self) -> None:
@@ -362,7 +361,10 @@ class Policy:
             self._below += 1
             if self._below >= CONFIRM_READINGS:
                 return self._kill(
-                    now, available_kb, target, f"below the hard floor of {_size(limits.hard_floor_kb)} ({phase.value})"
+                    now,
+                    available_kb,
+                    target,
+                    f"is below the hard floor of {_size(limits.hard_floor_kb)} ({phase.value})",
                 )
             return Action.NONE
         if ahead_kb < limits.hard_floor_kb:
@@ -388,7 +390,7 @@ class Policy:
         self, now: float, available_kb: int, phase: Phase, target: str, floor_kb: int, shed_runs: bool
     ) -> Action:
         limits, carried = self.limits, self.carried
-        below = f"below the floor of {_size(floor_kb)} ({phase.value})"
+        below = f"is below the floor of {_size(floor_kb)} ({phase.value})"
         if carried.last_stop is not None and 0.0 <= now - carried.last_stop < limits.cooldown_s and not shed_runs:
             # The memory of the one that was stopped may still be coming back; the hard floor above still holds.
             return Action.NONE
@@ -415,7 +417,7 @@ class Policy:
         self._deadline, self._shed_target = now + limits.shed_grace_s, target
         carried.sheds += 1
         left = "does not fall" if left_s == float("inf") else f"{left_s:.0f} s left to the hard floor"
-        self.reason = f"graceful stop: MemAvailable {_size(available_kb)} is {below}; {left}, so there is time for it"
+        self.reason = f"graceful stop: MemAvailable {_size(available_kb)} {below}; {left}, so there is time for it"
         self._note_stop(now, available_kb, None)
         return Action.SHED
 
@@ -425,9 +427,7 @@ class Policy:
             # The graceful stop that did not suffice and this kill are one stop in the budget.
             self.carried.stops.pop()
         self._deadline, self._shed_target = None, None
-        self.reason = f"kill: MemAvailable {_size(available_kb)} is {why}"
-        if why.startswith("falls"):
-            self.reason = f"kill: MemAvailable {_size(available_kb)} {why}"
+        self.reason = f"kill: MemAvailable {_size(available_kb)} {why}"
         self._note_stop(now, available_kb, target)
         self._below = 0
         return Action.KILL
