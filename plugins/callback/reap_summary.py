@@ -15,6 +15,7 @@ short_description: One line for each host at the end of a run
 description:
   - Says for each host whether the run was good, what it serves or why it failed, and how long each role took.
   - A role adds to a host's line with C(ansible.builtin.set_stats), key C(reap), C(per_host=true).
+  - A host whose batch was not begun, because every host of the batch before it failed, is not called good.
 requirements:
   - enabled in ansible.cfg
 """
@@ -40,7 +41,7 @@ def first_message(result: dict[str, Any]) -> str:
 
 
 class CallbackModule(CallbackBase):
-    """Collects the first failure of each host and the seconds of each role."""
+    """Collects the first failure of each host, how far each came, and the seconds of each role."""
 
     CALLBACK_VERSION = 2.0
     CALLBACK_TYPE = "aggregate"
@@ -50,6 +51,8 @@ class CallbackModule(CallbackBase):
     def __init__(self) -> None:
         super().__init__()
         self._failures: dict[str, str] = {}
+        self._play = ""
+        self._last_play: dict[str, str] = {}  # by host, the last in which it had a task
         self._seconds: dict[str, float] = defaultdict(float)
         self._stage = ""
         self._since = 0.0
@@ -61,13 +64,17 @@ class CallbackModule(CallbackBase):
 
     def v2_playbook_on_play_start(self, play: Any) -> None:
         self._close_stage()
-        self._stage = play.get_name().strip()
+        self._stage = self._play = play.get_name().strip()
 
     def v2_playbook_on_task_start(self, task: Any, is_conditional: bool) -> None:
         self._close_stage()
         role = getattr(task, "_role", None)
         if role is not None:
             self._stage = role.get_name()
+
+    def v2_runner_on_start(self, host: Any, task: Any) -> None:
+        self._last_play.pop(host.get_name(), None)  # so that the newest is the last
+        self._last_play[host.get_name()] = self._play
 
     def v2_runner_on_failed(self, result: Any, ignore_errors: bool = False) -> None:
         if not ignore_errors:
@@ -87,16 +94,20 @@ class CallbackModule(CallbackBase):
             return
         self._display.banner("HOSTS")
         width = max(len(host) for host in hosts)
+        last = next(reversed(self._last_play.values()), "")
         for host in hosts:
             numbers = stats.summarize(host)
             custom = (getattr(stats, "custom", None) or {}).get(host) or {}
             said = custom.get("reap", "")
-            bad = bool(numbers["failures"] or numbers["unreachable"])
-            if bad:
+            state, color = "ok", "green"
+            if numbers["failures"] or numbers["unreachable"]:
+                state, color = "FAILED", "red"
                 said = self._failures.get(host, said)
+            elif self._last_play.get(host) != last:
+                state, color = "HELD", "yellow"
+                said = f"{last} was not begun: every host of the batch before failed; run it again for this host"
             self._display.display(
-                f"{host:<{width}}  {'FAILED' if bad else 'ok':<6}  changed={numbers['changed']:<3} {said}".rstrip(),
-                color="red" if bad else "green",
+                f"{host:<{width}}  {state:<6}  changed={numbers['changed']:<3} {said}".rstrip(), color=color
             )
         spent = [f"{stage} {seconds:.0f} s" for stage, seconds in self._seconds.items() if seconds >= 0.5]
         self._display.display("time: " + (", ".join(spent) or "under a second"))
