@@ -35,8 +35,9 @@ def render_series_svg(bundle: dict[str, Any]) -> str:
     close = [point for point in series if -_CLOSE_BEFORE_S <= point[0] <= _CLOSE_AFTER_S]
 
     def draw(figure: Figure, narrow: bool) -> None:
-        axes = figure.subplots(2 if narrow else 1, 1 if narrow else 2)
-        for part, points, title in zip(axes, (series, close), ("the last minutes", "around the kill"), strict=True):
+        axes = figure.subplots(2 if narrow else 1, 1 if narrow else 2, squeeze=False)
+        parts = ((series, "the last minutes"), (close, "around the kill"))
+        for part, (points, title) in zip(axes.flat, parts, strict=True):
             part.plot([x for x, _ in points], [y for _, y in points], color=BLUE, linewidth=1.3)
             for name in lines:
                 value = bundle["lines_kb"][name] / KIB_PER_GIB

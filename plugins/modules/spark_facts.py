@@ -1,6 +1,8 @@
 #!/usr/bin/python
 """Read in one step everything the preflight judges."""
 
+from __future__ import annotations
+
 DOCUMENTATION = r"""
 module: spark_facts
 short_description: Read what the preflight judges about a host, in one step
@@ -81,12 +83,13 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.reap.identity import parse_meminfo, parse_os_release
 
 
-def read_text(path):
+def read_text(path: str) -> str:
     """The file's text without trailing newline or NUL, or an empty string where it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace").strip("\n\0 ")
@@ -94,7 +97,7 @@ def read_text(path):
         return ""
 
 
-def gpu_names():
+def gpu_names() -> tuple[list[str], str | None]:
     """Names that nvidia-smi lists, and why there are none."""
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -115,7 +118,7 @@ def gpu_names():
     return names, None
 
 
-def answer(*command):
+def answer(*command: str) -> str:
     """Standard output of a short command, or an empty string where it is missing, hangs or fails."""
     program = shutil.which(command[0])
     if program is None:
@@ -127,7 +130,7 @@ def answer(*command):
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def docker_facts():
+def docker_facts() -> dict[str, Any]:
     """Version of the Docker server (empty where none answers), its runtimes, and whether it starts at boot."""
     try:
         info = json.loads(answer("docker", "info", "--format", "{{json .}}") or "{}")
@@ -140,7 +143,7 @@ def docker_facts():
     }
 
 
-def missing_packages(names):
+def missing_packages(names: list[str]) -> list[str]:
     """The names that dpkg does not list as installed, in their order."""
     if not names:
         return []
@@ -155,7 +158,7 @@ def missing_packages(names):
     return [name for name in names if name not in installed]
 
 
-def free_bytes(path):
+def free_bytes(path: str) -> int:
     """Bytes an unprivileged writer may still use on the filesystem of the path or of its nearest existing parent."""
     place = Path(path)
     while not place.exists():
@@ -164,7 +167,7 @@ def free_bytes(path):
     return numbers.f_bavail * numbers.f_frsize
 
 
-def port_listening(port):
+def port_listening(port: int) -> bool:
     """Whether any TCP socket of the host listens on the port (state 0A in /proc/net/tcp*)."""
     wanted = f"{port:04X}"
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
@@ -175,7 +178,7 @@ def port_listening(port):
     return False
 
 
-def main():
+def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "paths": {"type": "list", "elements": "path", "default": []},
