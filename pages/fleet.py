@@ -6,6 +6,7 @@ python3 -m pages.fleet [--artifacts artifacts] [--out artifacts/index.html]
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import sys
@@ -14,15 +15,20 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .report import gib, number
+from .report import flat, gib, number
 from .theme import page, text
 
 Report = dict[str, Any]
 _STYLES = {"passed": "passed", "passed-slower": "slower", "failed": "failed"}
-# What must be the same where hosts serve the same profile: heading -> path in the report.
+# A form as well as a colour.
+_MARKS = {"passed": "✓", "passed-slower": "~", "failed": "✗"}
+# What should be the same where hosts serve the same profile: heading -> path in the report.
 _IDENTITIES = {
+    "profile": ("profile",),
     "image": ("identity", "image"),
     "base image": ("identity", "base_image"),
+    "model": ("identity", "model", "repo"),
+    "model's commit": ("identity", "model", "revision"),
     "model folder": ("identity", "served", "root"),
     "context": ("identity", "served", "max_model_len"),
     "vLLM": ("vllm_version",),
@@ -30,8 +36,17 @@ _IDENTITIES = {
     "kernel": ("identity", "host", "kernel"),
     "operating system": ("identity", "host", "os"),
     "GPU": ("identity", "host", "gpu"),
+    "settings": ("identity", "settings"),
     "reap": ("reap_version",),
 }
+# So many runs of a host are read and shown.
+RUNS = 12
+SHOWN_FAILURES = 6
+# Of the hosts' table: heading -> whether it holds numbers.
+_COLUMNS = {
+    "host": False, "verdict": False, "profile": False, "needle, tokens": False, "TTFT, s": True,
+    "prefill, tokens/s": True, "decode, tokens/s": True, "least memory": True, "UTC": False, "runs, newest last": False,
+}  # fmt: skip
 
 
 def dig(report: Report, path: tuple[str, ...]) -> Any:
@@ -43,30 +58,57 @@ def dig(report: Report, path: tuple[str, ...]) -> Any:
 
 
 def latest_reports(artifacts: Path) -> dict[str, list[tuple[Path, Report]]]:
-    """By host, its reports with the newest first. Files that are no report are left out."""
+    """By host, its newest reports with the newest first. Files that are no report are left out."""
     hosts: dict[str, list[tuple[Path, Report]]] = {}
+    # The name of a run's folder begins with its time.
     for path in sorted(artifacts.glob("*/*/report.json"), reverse=True):
+        if len(hosts.get(path.parts[-3], [])) == RUNS:
+            continue
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if isinstance(report, dict) and str(report.get("schema", "")).startswith("reap-verification/"):
             hosts.setdefault(path.parts[-3], []).append((path, report))
-    for runs in hosts.values():
-        runs.sort(key=lambda run: run[1]["started_unix"], reverse=True)
     return dict(sorted(hosts.items()))
 
 
-def differences(reports: dict[str, Report]) -> list[tuple[str, str, dict[str, str]]]:
-    """What is not the same on all hosts of a profile: (profile, what, value by host)."""
+def differences(reports: dict[str, Report]) -> list[tuple[str, dict[str, str]]]:
+    """What is not the same in all of these reports: (what, value by report's name)."""
     found = []
-    for profile in sorted({str(report["profile"]) for report in reports.values()}):
-        same = {host: report for host, report in reports.items() if str(report["profile"]) == profile}
-        for name, path in _IDENTITIES.items():
-            values = {host: text(dig(report, path)) for host, report in same.items()}
-            if len(set(values.values())) > 1:
-                found.append((profile, name, values))
+    for name, path in _IDENTITIES.items():
+        parts = {who: dict(flat(dig(report, path))) for who, report in reports.items()}
+        for part in sorted({part for found_parts in parts.values() for part in found_parts}):
+            shown = {who: text(found_parts.get(part)) for who, found_parts in parts.items()}
+            if len(set(shown.values())) > 1:
+                found.append((f"{name}: {part}" if part else name, shown))
     return found
+
+
+def _difference_table(groups: dict[str, dict[str, Report]], head: str) -> str:
+    """By group (of hosts of a profile, of runs of a host), what differs in it; empty where nothing does."""
+    rows = "".join(
+        f"<tr><td>{escape(group)}</td><td>{escape(name)}</td><td>"
+        + "<br>".join(f'<span class="muted">{escape(who)}:</span> {value}' for who, value in values.items())
+        + "</td></tr>"
+        for group, reports in groups.items()
+        for name, values in differences(reports)
+    )
+    heads = f"<tr><th>{head}</th><th>what</th><th>values</th></tr>"
+    return f'<div class="panel scroll"><table>{heads}{rows}</table></div>' if rows else ""
+
+
+def _row(*cells: tuple[str, str]) -> str:
+    """A row of the hosts' table from (class, HTML); a phone shows it as a card, with the columns' names in it."""
+    return f"<tr>{''.join(_cell(name, *cell) for name, cell in zip(_COLUMNS, cells, strict=True))}</tr>"
+
+
+def _cell(name: str, style: str, content: str) -> str:
+    return f'<td class="{style}" data-name="{name}"><span>{content}</span></td>'
+
+
+def _link(report: Path, base: Path) -> str:
+    return escape(os.path.relpath(report.with_name("report.html").resolve(), base), quote=True)
 
 
 def render_fleet(hosts: dict[str, list[tuple[Path, Report]]], base: Path) -> str:
@@ -81,52 +123,77 @@ def render_fleet(hosts: dict[str, list[tuple[Path, Report]]], base: Path) -> str
     rows = []
     for host, runs in hosts.items():
         path, report = runs[0]
-        link = escape(os.path.relpath(path.with_name("report.html").resolve(), base), quote=True)
         when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(report["started_unix"]))
         retained = report["needle_retained"]
         needle = "–" if retained is None else "found" if retained else "lost"
-        earlier = "".join(
-            f'<span class="{_STYLES.get(old["verdict"], "other")}" title="{old["stamp"]} {old["verdict"]}">●</span>'
-            for _path, old in reversed(runs[:12])
+        earlier = " ".join(
+            f'<a class="{_STYLES.get(old["verdict"], "other")}" href="{_link(old_path, base)}" '
+            f'title="{escape(old["stamp"])} {escape(old["verdict"])}">{_MARKS.get(old["verdict"], "?")}</a>'
+            for old_path, old in reversed(runs)
         )
         simulated = ' <span class="muted">(simulated)</span>' if report["simulated"] else ""
         rows.append(
-            f'<tr><td><a href="{link}">{escape(host)}</a>{simulated}</td>'
-            f'<td class="{_STYLES.get(report["verdict"], "other")}">{escape(report["verdict"])}</td>'
-            f"<td>{text(report['profile'])}</td><td>{needle}</td>"
-            f'<td class="number">{number(report["ttft_s"])}</td>'
-            f'<td class="number">{number(report["prefill_tok_s"])}</td>'
-            f'<td class="number">{number(report["decode_tok_s"])}</td>'
-            f'<td class="number">{gib(report["mem_available_min_kb"])}</td><td>{when}</td><td>{earlier}</td></tr>'
+            _row(
+                ("", f'<a href="{_link(path, base)}">{escape(host)}</a>{simulated}'),
+                (_STYLES.get(report["verdict"], "other"), escape(report["verdict"])),
+                ("", text(report["profile"])),
+                ("", f"{needle} in {report['prompt_tokens']:,}" if report["prompt_tokens"] else needle),
+                ("number", number(report["ttft_s"])),
+                ("number", number(report["prefill_tok_s"])),
+                ("number", number(report["decode_tok_s"])),
+                ("number", gib(report["mem_available_min_kb"])),
+                ("", when),
+                ("", earlier),
+            )
         )
-    parts.append(
-        '<div class="panel scroll"><table><tr><th>host</th><th>verdict</th><th>profile</th><th>needle</th>'
-        '<th class="number">TTFT, s</th><th class="number">prefill, tokens/s</th>'
-        '<th class="number">decode, tokens/s</th>'
-        '<th class="number">least memory</th><th>UTC</th><th>runs, newest last</th></tr>'
-        + "".join(rows)
-        + "</table></div>"
-    )
+    heads = "".join(f"<th{' class=number' if numeric else ''}>{name}</th>" for name, numeric in _COLUMNS.items())
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    parts.append(f'<div class="panel scroll hosts">{table}</div>')
     failed = [(host, report) for host, report in newest.items() if report["failures"]]
     if failed:
         parts.append("<h2>What failed</h2>")
         for host, report in failed:
-            items = "".join(f"<li>{escape(line)}</li>" for line in report["failures"])
+            lines = report["failures"][:SHOWN_FAILURES]
+            if len(report["failures"]) > len(lines):
+                lines.append(f"and {len(report['failures']) - len(lines)} more: see the host's page")
+            items = "".join(f"<li>{escape(line)}</li>" for line in lines)
             parts.append(f'<div class="panel"><strong>{escape(host)}</strong><ul class="failed">{items}</ul></div>')
+    profiles: dict[str, dict[str, Report]] = {}
+    for host, report in newest.items():
+        profiles.setdefault(str(report["profile"]), {})[host] = report
     parts.append("<h2>What differs between hosts of one profile</h2>")
-    differing = differences(newest)
-    if differing:
-        cells = "".join(
-            f"<tr><td>{escape(profile)}</td><td>{escape(name)}</td><td>"
-            + "<br>".join(f"{escape(host)}: {value}" for host, value in values.items())
-            + "</td></tr>"
-            for profile, name, values in differing
-        )
-        heads = "<tr><th>profile</th><th>what</th><th>value by host</th></tr>"
-        parts.append(f'<div class="panel scroll"><table>{heads}{cells}</table></div>')
-    else:
-        parts.append("<p>Nothing: images, models, versions and drivers are the same.</p>")
+    parts.append(
+        _difference_table(profiles, "profile") or "<p>Nothing: images, models, versions and drivers are the same.</p>"
+    )
+    parts.append("<h2>What changed on a host since the run before</h2>")
+    before = {
+        host: {old["stamp"]: old for old in (runs[1][1], runs[0][1])} for host, runs in hosts.items() if len(runs) > 1
+    }
+    parts.append(_difference_table(before, "host") or "<p>Nothing.</p>")
     return page("Verified hosts", "\n".join(parts))
+
+
+def write_index(artifacts: Path) -> Path:
+    """Write the page into the folder that has one folder per host; several at once write one after the other.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    out = artifacts / "index.html"
+    folder = os.open(artifacts, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        write_page(out, latest_reports(artifacts))
+    finally:
+        os.close(folder)
+    return out
+
+
+def write_page(out: Path, hosts: dict[str, list[tuple[Path, Report]]]) -> None:
+    """Write beside, then rename."""
+    beside = out.with_name(f".{out.name}.{os.getpid()}.new")
+    beside.write_text(render_fleet(hosts, out.resolve().parent), encoding="utf-8")
+    beside.replace(out)
 
 
 def main() -> int:
@@ -140,9 +207,7 @@ def main() -> int:
     if not hosts:
         print(f"no report.json under {args.artifacts}: run playbooks/verify.yml first", file=sys.stderr)
         return 2
-    beside = out.with_name(f".{out.name}.{os.getpid()}.new")
-    beside.write_text(render_fleet(hosts, out.resolve().parent), encoding="utf-8")
-    beside.replace(out)
+    write_page(out, hosts)
     print(f"{out}: {len(hosts)} hosts")
     return 0
 

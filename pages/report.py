@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from html import escape
 from typing import Any
@@ -109,15 +110,17 @@ def _comparison(report: Report) -> str:
             names = [name.replace("Time to first token", "First\ntoken") for name in names]
         speeds = [100 * row["speed"] for row in rows][::-1]
         axes.barh(names, speeds, height=0.55, color=[colours[row["state"]] for row in rows][::-1])
+        right = min(max(118.0, *speeds), 250.0) * 1.08
         for index, speed in enumerate(speeds):
+            inside = speed > right / 4
             axes.annotate(
-                f"{speed:.0f} %", (speed, index), (-5, 0), textcoords="offset points", va="center", ha="right",
-                color=SURFACE, fontweight="bold",
+                f"{speed:.0f} %", (min(speed, right), index), (-5 if inside else 5, 0), textcoords="offset points",
+                va="center", ha="right" if inside else "left", color=SURFACE if inside else INK, fontweight="bold",
             )  # fmt: skip
         axes.axvline(100, color=INK, linewidth=1.2, label="published")
         axes.axvline(100 * tolerances["slower_below"], color=AMBER, linestyle="--", linewidth=1, label="slower below")
         axes.axvline(100 * tolerances["fail_below"], color=RED, linestyle="--", linewidth=1, label="fails below")
-        axes.set_xlim(0, max(118.0, *speeds) * 1.08)
+        axes.set_xlim(0, right)
         axes.set_xlabel("speed, % of the published figure")
         axes.grid(visible=False, axis="y")
         figure.legend(loc="outside lower center", ncols=3)
@@ -129,10 +132,11 @@ def _comparison(report: Report) -> str:
         for row in rows
     )
     reference = report["reference"]
-    source = f"{reference.get('host', '')}, {reference.get('date', '')}".strip(", ")
+    source = ", ".join(str(reference[key]) for key in ("host", "date") if reference.get(key))
+    source = f"Published: {source}." if source else ""
     return (
         "<h2>Against the published figures</h2>"
-        + drawing("comparison", "Speed against the published figures", f"Published: {source}.", draw, 2.6)
+        + drawing("comparison", "Speed against the published figures", source, draw, 2.6)
         + '<div class="panel scroll"><table><tr><th></th><th class="number">here</th><th class="number">published</th>'
         f'<th class="number">speed</th></tr>{table}</table></div>'
     )
@@ -145,7 +149,7 @@ def _memory(report: Report) -> str:
     times = [sample[0] for sample in memory["samples"]]
     values = [sample[1] / KIB_PER_GIB for sample in memory["samples"]]
     floor = memory["floor_kb"]
-    total = times[-1] if times else 1.0
+    total = report["seconds"]
     phases = [phase for phase in report["phases"] if phase["end_s"] - phase["start_s"] > 0.04 * max(total, 0.001)]
 
     def draw(figure: Figure, narrow: bool) -> None:
@@ -159,8 +163,9 @@ def _memory(report: Report) -> str:
         for index, phase in enumerate(phases):
             if index % 2 == 0:
                 axes.axvspan(phase["start_s"], phase["end_s"], color=GRID, alpha=0.35, linewidth=0)
-            share = (phase["end_s"] - phase["start_s"]) / total
-            if share > (0.2 if narrow else 0.09):
+            # As many letters as there is room for, at about 5 points a letter.
+            room = (phase["end_s"] - phase["start_s"]) / total * (3.6 if narrow else 8.3) * 72 / 5
+            if room > len(phase["name"]):
                 middle = (phase["start_s"] + phase["end_s"]) / 2
                 axes.text(middle, max(values) * 1.1, phase["name"], ha="center", color=MUTED, fontsize=8.5)
         axes.set_xlabel("seconds since the start")
@@ -294,7 +299,7 @@ def _tasks(report: Report) -> str:
             f"{escape(c['name'])}</td><td>{escape(c['found'])}</td><td>{escape(c['wanted'])}</td></tr>"
             for c in task["checks"]
         )
-        said = "" if task["expected"] else " (this profile does not expect it)"
+        said = "" if task["expected"] else " (not expected)"
         note = f"<p>{escape(task['note'])}</p>" if task["note"] else ""
         exchanges = "".join(_exchange(item) for item in task["exchanges"])
         rows.append(
@@ -306,24 +311,35 @@ def _tasks(report: Report) -> str:
             f"{exchanges}</details>"
         )
     passed = sum(bool(task["passed"]) for task in report["tasks"].values())
+    beyond = sum(not task["passed"] and not task["expected"] for task in report["tasks"].values())
+    said = f"; {beyond} failed that this profile does not expect of its model" if beyond else ""
     return (
-        f"<h2>Tasks</h2><p>{passed} of {len(report['tasks'])} passed. Open one for what was sent and what came.</p>"
+        f"<h2>Tasks</h2><p>{passed} of {len(report['tasks'])} passed{said}. "
+        "Open one for what was sent and what came.</p>"
         f'<div class="panel">{"".join(rows)}</div>'
     )
 
 
-def _flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
+def flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    """Every single value in nested data, with its path joined by dots."""
     if isinstance(value, dict):
-        return [pair for key, item in value.items() for pair in _flat(item, f"{name}.{key}" if name else str(key))]
+        return [pair for key, item in value.items() for pair in flat(item, f"{name}.{key}" if name else str(key))]
     if isinstance(value, list):
         return [(name, json.dumps(value, ensure_ascii=False))]
     return [(name, value)]
 
 
+def _readable(name: str, value: Any) -> str:
+    """A value of the identities: times and sizes as people write them."""
+    if name.endswith("_unix"):
+        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(value))
+    return gib(value) if name.endswith("_kb") else text(value)
+
+
 def _identity(report: Report) -> str:
     rows = "".join(
-        f'<tr><td class="key">{escape(name)}</td><td>{text(value)}</td></tr>'
-        for name, value in _flat(report["identity"])
+        f'<tr><td class="key">{escape(re.sub("_(unix|kb)$", "", name))}</td><td>{_readable(name, value)}</td></tr>'
+        for name, value in flat(report["identity"])
         if value is not None and "permission" not in name
     )
     about = {"run": report["run_id"], "subject": report["subject"], "endpoint": report["endpoint"],

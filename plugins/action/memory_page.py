@@ -75,7 +75,7 @@ class ActionModule(ActionBase):
         try:
             from pages.ledger import render_ledger_page
         except ImportError as error:
-            raise AnsibleActionFail(f"the page cannot be drawn ({error}): run make setup on the controller") from error
+            raise AnsibleActionFail(f"the page cannot be drawn ({error}): run make venv on the controller") from error
         try:
             return str(render_ledger_page(host, fit))
         except (KeyError, TypeError, ValueError) as error:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ short_description: Fetch a run's report.json, draw its page and put it beside it
 description:
   - Fetches C(report.json) of a run of C(reap verify), draws C(report.html) on the controller and copies it to the host.
   - Nothing is asked of the host when the controller has both already, because a run's evidence never changes.
+  - Then draws C(index.html), the page of all hosts, in the folder above C(artifacts).
 options:
   folder:
     description: Folder of the run on the host.
@@ -39,6 +41,20 @@ def _write(path: Path, data: bytes) -> None:
     beside.replace(path)
 
 
+def _pages() -> tuple[Callable[[dict[str, Any]], str], Callable[[Path], Path]]:
+    """What draws a report, and what writes the page of all hosts into a folder."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    # A worker has no home it may write to for sure; matplotlib wants a folder for its font list.
+    os.environ.setdefault("MPLCONFIGDIR", str(Path(tempfile.gettempdir()) / f"reap-matplotlib-{os.getuid()}"))
+    try:
+        from pages.fleet import write_index
+        from pages.report import render_report
+    except ImportError as error:
+        raise AnsibleActionFail(f"the page cannot be drawn ({error}): run make venv on the controller") from error
+    return render_report, write_index
+
+
 class ActionModule(ActionBase):
     """Slurp, draw, copy."""
 
@@ -52,11 +68,13 @@ class ActionModule(ActionBase):
         remote = Path(arguments["folder"])
         local = Path(arguments["artifacts"]) / remote.name
         report, page = local / "report.json", local / "report.html"
-        result = {"changed": False, "report": str(report), "page": str(page)}
-        if report.is_file() and page.is_file():
+        index = local.parents[1] / "index.html"
+        result = {"changed": False, "report": str(report), "page": str(page), "index": str(index)}
+        if report.is_file() and page.is_file() and index.is_file():
             return result
         if self._task.check_mode:
             return {**result, "changed": True}
+        render_report, write_index = _pages()
         slurped = self._execute_module(
             module_name="ansible.legacy.slurp", module_args={"src": str(remote / "report.json")}, task_vars=task_vars
         )
@@ -65,22 +83,12 @@ class ActionModule(ActionBase):
         data = base64.b64decode(slurped["content"])
         local.mkdir(parents=True, exist_ok=True)
         _write(report, data)
-        _write(page, self._draw(json.loads(data)).encode())
-        return {**self._put(page, remote / page.name, task_vars), **result, "changed": False}
+        _write(page, render_report(json.loads(data)).encode())
+        self._put(page, remote / page.name, task_vars)
+        write_index(index.parent)
+        return result
 
-    @staticmethod
-    def _draw(report: dict[str, Any]) -> str:
-        if str(ROOT) not in sys.path:
-            sys.path.insert(0, str(ROOT))
-        # A worker has no home it may write to for sure; matplotlib wants a folder for its font list.
-        os.environ.setdefault("MPLCONFIGDIR", str(Path(tempfile.gettempdir()) / f"reap-matplotlib-{os.getuid()}"))
-        try:
-            from pages.report import render_report
-        except ImportError as error:
-            raise AnsibleActionFail(f"the page cannot be drawn ({error}): run make setup on the controller") from error
-        return render_report(report)
-
-    def _put(self, source: Path, dest: Path, task_vars: dict[str, Any] | None) -> dict[str, Any]:
+    def _put(self, source: Path, dest: Path, task_vars: dict[str, Any] | None) -> None:
         task = self._task.copy()
         task.args = {"src": str(source), "dest": str(dest), "owner": "root", "group": "root", "mode": "0644"}
         copy = self._shared_loader_obj.action_loader.get(
@@ -95,4 +103,3 @@ class ActionModule(ActionBase):
         done: dict[str, Any] = copy.run(task_vars=task_vars)
         if done.get("failed"):
             raise AnsibleActionFail(f"{dest} cannot be written on the host: {done.get('msg')}")
-        return {}

@@ -14,7 +14,8 @@ type: aggregate
 short_description: One line for each host at the end of a run
 description:
   - Says for each host whether the run was good, what it serves or why it failed, and how long each role took.
-  - A role adds to a host's line with C(ansible.builtin.set_stats), key C(reap), C(per_host=true).
+  - A role adds to a host's line with C(ansible.builtin.set_stats), key C(reap), C(per_host=true); with key
+    C(reap_pages), of the whole run, it names the page of all hosts.
   - A host whose batch was not begun, because every host of the batch before it failed, is not called good.
 requirements:
   - enabled in ansible.cfg
@@ -109,5 +110,8 @@ class CallbackModule(CallbackBase):
             self._display.display(
                 f"{host:<{width}}  {state:<6}  changed={numbers['changed']:<3} {said}".rstrip(), color=color
             )
+        pages = ((getattr(stats, "custom", None) or {}).get("_run") or {}).get("reap_pages")
+        if pages:
+            self._display.display(f"all hosts: {pages}")
         spent = [f"{stage} {seconds:.0f} s" for stage, seconds in self._seconds.items() if seconds >= 0.5]
         self._display.display("time: " + (", ".join(spent) or "under a second"))

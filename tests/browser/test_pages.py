@@ -51,6 +51,8 @@ const look = frame => {
     smallest: Math.min(...texts.map(e => e.getBoundingClientRect().height)),
     outside: texts.filter(e => { const t = e.getBoundingClientRect(), s = e.ownerSVGElement.getBoundingClientRect();
       return t.left < s.left - 1 || t.right > s.right + 1; }).map(e => e.textContent.trim()),
+    thinnest: Math.min(...all("td").filter(e => e.textContent.trim().length > 3)
+      .map(e => e.getBoundingClientRect().width)),
     contrast: Math.min(...all("h1, h2, p, td, th, a, summary span, .muted, .verdict, figcaption")
       .map(e => contrast(style(e).color, ground(e)))),
     resources: performance.getEntriesByType("resource").map(r => r.name),
@@ -107,9 +109,8 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     hardware="spark",
                     needle_tokens=1500,
                     tasks=["smoke", "unicode", "ladder", "grid", "needle"],
-                    ladder=[600, 1500],
-                    grid_lengths=[600, 1500],
-                    grid_depths=[0.0, 0.5, 1.0],
+                    lengths=[600, 1500],
+                    depths=[0.0, 0.5, 1.0],
                     floor_kb=1000,
                     fail_below=0.0001,
                     reference={"prompt_tokens": 1500, "ttft_s": 0.1, "prefill_tok_s": 9e3, "decode_tok_s": 200.0},
@@ -138,6 +139,7 @@ def test_a_page_is_readable(name: str, width: str, seen: tuple[bool, dict[str, A
     view = views[f"{name}-{width}"]
     assert view["width"] == WIDTHS[width]
     assert view["page"] <= view["width"], "the page is wider than the window"
+    assert view["thinnest"] >= 40, "a column is squeezed to a letter or two"
     assert view["contrast"] >= 4.5
     channels = [int(value) for value in re.findall(r"\d+", view["background"])[:3]]
     assert (max(channels) < 80) is dark

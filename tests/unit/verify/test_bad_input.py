@@ -17,11 +17,12 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     return status, capsys.readouterr().err
 
 
-def refused(capsys: pytest.CaptureFixture[str], words: str, *arguments: str) -> None:
+def refused(capsys: pytest.CaptureFixture[str], words: str, *arguments: str) -> str:
     status, error = run(capsys, *arguments)
     assert status == 2
     assert words in error
     assert len(error.strip().splitlines()) == 1
+    return error
 
 
 def short(server: doubles.DoubleServer, out: Path) -> list[str]:
@@ -37,9 +38,7 @@ def test_endpoint_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_wrong_key(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REAP_API_KEY", "wrong-key-material")
     with doubles.serving(doubles.WantsAKey) as server:
-        status, error = run(capsys, *short(server, tmp_path), "--tasks", "smoke")
-    assert status == 2
-    assert "refuses the API key" in error
+        error = refused(capsys, "refuses the API key", *short(server, tmp_path), "--tasks", "smoke")
     assert "wrong-key-material" not in error
 
 
@@ -88,6 +87,8 @@ def test_target_above_the_context(tmp_path: Path, capsys: pytest.CaptureFixture[
         arguments = ["--endpoint", server.url, "--model", doubles.MODEL, "--out", str(tmp_path)]
         refused(capsys, "do not fit the served context of 4096", *arguments, "--needle-tokens", "4000")
         refused(capsys, "do not fit", *arguments, "--needle-tokens", "4000", "--max-model-len", "4096")
+        lengths = ["--suite", "full", "--lengths", "500,5000", "--needle-tokens", "500"]
+        refused(capsys, "needle of 5000 tokens and answer of 512 do not fit", *arguments, *lengths)
 
 
 def test_output_folder_not_writable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,6 +108,7 @@ def test_output_folder_not_writable(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--endpoint", "http://127.0.0.1:1", "--model", "x", "--needle-depth", "1.5"], "wanted a number from 0 to 1"),
         (["--endpoint", "http://127.0.0.1:1", "--model", "x", "--tasks", "smoek"], "no task is called smoek"),
         (["--endpoint", "http://127.0.0.1:1", "--model", "x", "--repeats", "0"], "repeats is 0"),
+        (["--endpoint", "http://127.0.0.1:1", "--model", "x", "--lengths", "8k"], "--lengths is '8k'"),
     ],
 )
 def test_wrong_use(

@@ -12,6 +12,7 @@ import yaml
 
 from reap.cli import main
 from reap.errors import ReapError
+from reap.fetch.progress import Progress
 from reap.verify import Settings, verify
 from reap.verify.evidence import subject, verified_before
 from reap.verify.profile import settings_for, warmup_tokens
@@ -68,7 +69,7 @@ def test_simulated_figures_are_never_compared() -> None:
 
 
 def test_ladder_stops_at_the_first_loss() -> None:
-    report = report_of(doubles.TruncatesTheContext, tasks=["ladder"], ladder=[300, 1500, 2500], needle_depth=0.1)
+    report = report_of(doubles.TruncatesTheContext, tasks=["ladder"], lengths=[300, 1500, 2500], needle_depth=0.1)
     assert [item["wanted_tokens"] for item in report["tasks"]["ladder"]["data"]["needles"]] == [300, 1500]
     assert "lost at 1,500 tokens" in report["tasks"]["ladder"]["note"]
 
@@ -77,8 +78,8 @@ def test_grid_goes_on_after_a_loss() -> None:
     report = report_of(
         doubles.TruncatesTheContext,
         tasks=["grid"],
-        grid_lengths=[300, 1500],
-        grid_depths=[0.0, 1.0],
+        lengths=[300, 1500],
+        depths=[0.0, 1.0],
         max_model_len=None,
     )
     found = {(i["wanted_tokens"], i["depth"]): i["found"] for i in report["tasks"]["grid"]["data"]["needles"]}
@@ -167,8 +168,9 @@ def test_a_failed_run_is_never_taken_for_verified(tmp_path: Path) -> None:
 def test_every_profile_gives_settings(name: str) -> None:
     settings = Settings.from_mapping(settings_for(name, PROFILES[name], {"host": "h"}), name)
     assert settings.simulated is (PROFILES[name]["hardware"] != "spark")
-    assert max(settings.ladder) <= PROFILES[name]["max_model_len"] - settings.needle_max_tokens
-    assert settings.needle_tokens in settings.ladder
+    assert settings.ladder()[-1] == settings.needle_tokens == PROFILES[name]["needle_tokens"]
+    assert settings.ladder() == sorted(set(settings.ladder()))
+    assert settings.identity["model"]["revision"] == PROFILES[name]["model_revision"]
 
 
 def test_a_needle_over_the_profile_s_context_is_refused() -> None:
@@ -182,11 +184,20 @@ def test_warm_up_has_a_whole_piece_and_the_same_rest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("good", "passed_before", "rollback"),
-    [(["new", "old"], False, True), (["new"], False, False), (["new", "old"], True, False), (None, False, False)],
+    ("good", "passed_before", "go_back_to"),
+    [
+        (["new", "old", "older"], False, "old"),
+        (["new"], False, None),
+        (["new", "old"], True, None),
+        (None, False, None),
+    ],
 )
 def test_only_a_generation_that_never_passed_gives_way_to_another(
-    good: list[str] | None, passed_before: bool, rollback: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    good: list[str] | None,
+    passed_before: bool,
+    go_back_to: str | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     state, generations, evidence = tmp_path / "service.json", tmp_path / "generations.json", tmp_path / "evidence"
     state.write_text(json.dumps({"generation": "new"}), encoding="utf-8")
@@ -203,4 +214,26 @@ def test_only_a_generation_that_never_passed_gives_way_to_another(
                     "evidence_dir": str(evidence)}  # fmt: skip
         config.write_text(json.dumps(settings), encoding="utf-8")
         assert main(["verify", "--config", str(config), "--json"]) == 1
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rollback"] is rollback
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["go_back_to"] == go_back_to
+
+
+def test_progress_names_the_task_and_promises_no_time_for_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Recorder(Progress):
+        def update(self, *arguments: Any, **named: Any) -> None:
+            super().update(*arguments, **named)
+            seen.append(dict(self.state))
+
+    monkeypatch.setattr("reap.cli.verify.Progress", Recorder)
+    with doubles.serving(doubles.Honest) as server:
+        arguments = ["--endpoint", server.url, "--model", doubles.MODEL, "--tasks", "smoke,needle"]
+        arguments += ["--needle-tokens", "500", "--out", str(tmp_path), "--progress", str(tmp_path / "progress.json")]
+        assert main(["verify", *arguments]) == 0
+    details = [state["detail"] for state in seen]
+    assert details[:2] == ["asking the endpoint who it is", "smoke, task 1 of 2"]
+    assert "needle, task 2 of 2: writing a prompt of 500 tokens" in details
+    assert {(state["total"], state["rate"]) for state in seen if ": " not in state["detail"]} == {(None, None)}
+    assert {state["total"] for state in seen if ": " in state["detail"]} == {500}

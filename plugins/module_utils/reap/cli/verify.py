@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-model-len", type=int, metavar="N", help="context length the server must state, tokens")
     parser.add_argument("--needle-tokens", type=int, metavar="N", help="length of the long prompt, tokens")
     parser.add_argument("--needle-depth", type=float, metavar="X", help="where the needle stands in it, 0 to 1")
+    parser.add_argument("--lengths", metavar="N,N", help="lengths of the suites full and grid, tokens")
     parser.add_argument("--repeats", type=int, metavar="N", help="how often the long prompt is measured")
     parser.add_argument("--metrics", choices=("required", "optional"), help="whether vLLM's metrics must be there")
     parser.add_argument("--thinking", choices=("true", "false"), help="what the chat template is asked to do")
@@ -59,6 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _lengths(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise CouldNotRun(f"--lengths is {text!r}, wanted whole numbers of tokens with commas between them") from None
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
@@ -76,6 +84,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         "max_model_len": args.max_model_len,
         "needle_tokens": args.needle_tokens,
         "needle_depth": args.needle_depth,
+        "lengths": _lengths(args.lengths),
         "repeats": args.repeats,
         "metrics": args.metrics,
         "thinking": None if args.thinking is None else args.thinking == "true",
@@ -93,13 +102,13 @@ def settings_from(args: argparse.Namespace) -> Settings:
 def outcome(report: dict[str, Any], path: str, settings: Settings, *, skipped: bool) -> dict[str, Any]:
     """What a program reads from the last line.
 
-    `rollback` is true when the run failed, its generation of the service never passed one, and another generation
-    served here before: that one is the better one. A generation that passed once and fails now has met something else.
+    `go_back_to` names the generation that served here before when the run failed and its own generation never passed
+    one: then that one is the better one. A generation that passed once and fails now has met something else.
     """
     generation = report["identity"]["service"]["generation"]
     proved = report["verdict"] != "failed" or generation_passed(Path(path).parents[1], generation)
     return {
-        "rollback": not proved and another_generation(settings, generation),
+        "go_back_to": None if proved else another_generation(settings, generation),
         "changed": not skipped,
         "skipped": skipped,
         "report": path,
@@ -116,10 +125,20 @@ def run(args: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(line, flush=True)
 
+    task = ""
+
     def step(done: int, total: int | None, unit: str, detail: str) -> None:
-        if progress is not None:
+        nonlocal task
+        if progress is None:
+            return
+        if unit == "tasks":
+            # No rate: the last tasks take most of the time.
+            task = f"{detail}, task {done + 1} of {total}" if total else detail
+            progress.state.update(done=0, total=None, rate=None, eta_s=None)
+            progress.update(detail=task)
+        else:
             progress.state["unit"] = unit
-            progress.update(done, total=total, detail=detail)
+            progress.update(done, total=total, detail=f"{task}: {detail}")
 
     try:
         settings = settings_from(args)

@@ -90,15 +90,15 @@ def subject(settings: Settings, service: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def another_generation(settings: Settings, generation: str | None) -> bool:
-    """Whether another generation than this one served on this host, so that there is one to go back to."""
+def another_generation(settings: Settings, generation: str | None) -> str | None:
+    """The newest other generation that served on this host: the one to go back to; None where there is none."""
     if not settings.generations_file or not generation:
-        return False
+        return None
     try:
         good = json.loads(Path(settings.generations_file).read_text(encoding="utf-8"))["good"]
     except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return isinstance(good, list) and any(name != generation for name in good)
+        return None
+    return next((str(name) for name in good if name != generation), None) if isinstance(good, list) else None
 
 
 def generation_passed(parent: Path, generation: str | None) -> bool:

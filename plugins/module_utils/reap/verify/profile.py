@@ -22,6 +22,13 @@ def warmup_tokens(needle_tokens: int, batched_tokens: int) -> int:
     return batched_tokens + needle_tokens % batched_tokens
 
 
+def _identity(profile: Profile) -> dict[str, Any]:
+    """What tells two runs apart that the endpoint does not say: the model's commit, and how it is served."""
+    names = ("kv_cache_memory", "kv_cache_dtype", "max_num_batched_tokens", "max_num_seqs", "gpu_memory_utilization")
+    served = {name: getattr(profile, name) for name in (*names, "speculative", "vllm_extra_args")}
+    return {"model": {"repo": profile.model_repo, "revision": profile.model_revision}, "settings": served}
+
+
 def settings_for(name: str, profile: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The content of /etc/reap/verify.json.
 
@@ -49,12 +56,8 @@ def settings_for(name: str, profile: Mapping[str, Any], given: Mapping[str, Any]
         "reference": checked.reference,
         "floor_kb": checked.watchdog_min_available_kb,
     }
-    # The long suites do not ask for more than the context holds.
-    room = checked.max_model_len - int(chosen.get("needle_max_tokens", Settings.needle_max_tokens))
-    lengths = [length for length in (8000, 32000, 64000, 136534) if length <= room]
-    settings["ladder"] = sorted({*lengths, needle})
-    settings["grid_lengths"] = sorted({*lengths, needle})
     settings.update(chosen)
+    settings["identity"] = {**_identity(checked), **settings.get("identity", {})}
     try:
         Settings.from_mapping(settings, f"verification of profile {name}")
     except TypeError as error:

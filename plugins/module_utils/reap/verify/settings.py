@@ -11,6 +11,8 @@ from typing import Any
 from .client import CouldNotRun
 
 SUITES = ("quick", "standard", "full", "grid")
+# The longest is the published prompt before the last one, tokens.
+LADDER = (8000, 32000, 64000, 136534)
 
 
 @dataclass
@@ -36,7 +38,8 @@ class Settings:
         needle_tokens: length of the long needle prompt, in tokens, chat template included.
         needle_depth: where in the prompt it stands, 0 to 1.
         needle_max_tokens, answer_max_tokens, essay_max_tokens: limits of reasoning and content together, tokens.
-        ladder, grid_lengths, grid_depths: lengths in tokens and depths of the long suites.
+        lengths: lengths of the ladder and the grid, tokens; None: those of LADDER below `needle_tokens`, and that.
+        depths: depths of the grid.
         repeats: how often the measured request is repeated.
         warmup_tokens: length of the request before the first long one; 0: none. Kernels are compiled at a first
             long prompt.
@@ -74,9 +77,8 @@ class Settings:
     needle_max_tokens: int = 512
     answer_max_tokens: int = 1024
     essay_max_tokens: int = 2048
-    ladder: list[int] = field(default_factory=lambda: [8000, 32000, 64000, 136534])
-    grid_lengths: list[int] = field(default_factory=lambda: [8000, 32000, 64000, 136534])
-    grid_depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    lengths: list[int] | None = None
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     repeats: int = 1
     warmup_tokens: int = 0
     slowest_prefill_tok_s: float = 50.0
@@ -108,14 +110,37 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise CouldNotRun(f"{name} is {value!r}, wanted a whole number of at least {low}")
-        for depth in (self.needle_depth, *self.grid_depths):
+        for length in self.lengths or ():
+            if not isinstance(length, int) or isinstance(length, bool) or length < 64:
+                raise CouldNotRun(f"a length is {length!r}, wanted a whole number of at least 64 tokens")
+        for depth in (self.needle_depth, *self.depths):
             if not isinstance(depth, int | float) or not 0 <= depth <= 1:
                 raise CouldNotRun(f"a depth is {depth!r}, wanted a number from 0 to 1")
-        if self.max_model_len is not None and self.needle_tokens + self.needle_max_tokens > self.max_model_len:
+        if self.max_model_len is not None:
+            self.check_context(self.max_model_len, "context")
+
+    def check_context(self, context: int, name: str) -> None:
+        """Refuse a prompt that is longer than the context.
+
+        Args:
+            context: tokens.
+            name: what it is, for the error.
+
+        Raises:
+            CouldNotRun: with the longest prompt that there is room for.
+        """
+        longest = max(self.needle_tokens, *self.ladder())
+        if longest + self.needle_max_tokens > context:
             raise CouldNotRun(
-                f"needle of {self.needle_tokens} tokens and answer of {self.needle_max_tokens} do not fit the context "
-                f"of {self.max_model_len}: ask for at most {self.max_model_len - self.needle_max_tokens}"
+                f"needle of {longest} tokens and answer of {self.needle_max_tokens} do not fit the {name} of "
+                f"{context}: ask for at most {context - self.needle_max_tokens}"
             )
+
+    def ladder(self) -> list[int]:
+        """Lengths of the long suites in the order in which they are tried, tokens."""
+        if self.lengths:
+            return sorted(self.lengths)
+        return [*(length for length in LADDER if length < self.needle_tokens), self.needle_tokens]
 
     def added_tokens(self, limit: int = 24) -> dict[str, int]:
         """Text -> id of the first and last special tokens of the checkpoint's own tokenizer; empty where unknown."""

@@ -451,10 +451,10 @@ def needle_among_distractors(session: Session, result: TaskResult) -> None:
     codes = {city: new_code(session.rng) for city in session.rng.sample(CITIES, 4)}
     asked = session.rng.choice(sorted(codes))
     needles = [
-        Needle(f"The code of the vault in {city} is {code}.", (index + 0.5) / len(codes))
+        Needle(f"Note that the secret code of the vault in {city} is {code}.", (index + 0.5) / len(codes))
         for index, (city, code) in enumerate(codes.items())
     ]
-    question = f"What is the code of the vault in {asked}? Answer with the code only."
+    question = f"What is the secret code of the vault in {asked}? Answer with the code only."
     room = (session.context or 8192) - session.settings.needle_max_tokens
     prompt = session.long_prompt(min(8000, session.settings.needle_tokens, room), needles, question)
     reply = session.ask(
@@ -475,7 +475,7 @@ def after_needle(session: Session, result: TaskResult) -> None:
 
 def ladder(session: Session, result: TaskResult) -> None:
     """Needles in longer and longer prompts; ends at the first loss."""
-    for tokens in session.settings.ladder:
+    for tokens in session.settings.ladder():
         if not ask_needle(session, result, tokens, session.settings.needle_depth):
             result.note = f"lost at {tokens:,} tokens; longer ones were not tried"
             return
@@ -483,8 +483,8 @@ def ladder(session: Session, result: TaskResult) -> None:
 
 def grid(session: Session, result: TaskResult) -> None:
     """Needles at every depth of every length; all are tried, whatever is lost."""
-    for tokens in session.settings.grid_lengths:
-        for depth in session.settings.grid_depths:
+    for tokens in session.settings.ladder():
+        for depth in session.settings.depths:
             ask_needle(session, result, tokens, depth)
 
 
