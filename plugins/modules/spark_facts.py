@@ -24,9 +24,7 @@ attributes:
     description: It reads /proc and /sys.
 options:
   paths:
-    description:
-      - Folders whose filesystem's free space is wanted.
-      - A folder that does not exist yet is measured at its nearest parent.
+    description: Folders of which the missing ones are wanted.
     type: list
     elements: path
     default: []
@@ -36,8 +34,17 @@ options:
     elements: str
     default: []
   port:
-    description: A TCP port whose listener is wanted.
+    description: The TCP port on which the model is to listen; whether something else listens there is wanted.
     type: int
+  run_dir:
+    description: Where reap.service writes what it serves, to tell its own port from another's.
+    type: path
+    default: /run/reap
+  model_dir:
+    description:
+      - The model's folder; the free space of its filesystem is wanted, and whether the model or a part of it is there.
+      - A folder that does not exist yet is measured at its nearest parent.
+    type: path
 """
 
 EXAMPLES = r"""
@@ -45,6 +52,7 @@ EXAMPLES = r"""
   spark_facts:
     paths: [/var/lib/reap]
     port: 8000
+    model_dir: /var/lib/reap/models/0xSero/DeepSeek-V4-Flash-162B/d663e8fb16809f6619000648b187b257249ed824
   register: __spark_facts
 """
 
@@ -73,8 +81,9 @@ facts:
     docker_runtimes: [nvidia, runc]
     missing_packages: []
     missing_paths: []
-    disk_free: {/var/lib/reap: 1200000000000}
-    port_listening: false
+    port_taken: false
+    model_begun: false
+    model_free: 1200000000000
 """
 
 import json
@@ -87,6 +96,9 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.reap.identity import parse_meminfo, parse_os_release
+
+# 127.0.0.1, the same inside IPv6, and ::1, as /proc/net shows them on a little-endian machine.
+LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
 
 
 def read_text(path: str) -> str:
@@ -167,14 +179,22 @@ def free_bytes(path: str) -> int:
     return numbers.f_bavail * numbers.f_frsize
 
 
-def port_listening(port: int) -> bool:
-    """Whether any TCP socket of the host listens on the port (state 0A in /proc/net/tcp*)."""
-    wanted = f"{port:04X}"
+def port_taken(port: int, run_dir: str) -> bool:
+    """Whether something else than reap.service listens on the port, on any or on this machine's own address."""
+    try:
+        served = str(json.loads(read_text(f"{run_dir}/service.json")).get("endpoint") or "")
+    except (ValueError, AttributeError):
+        served = ""
+    if served.endswith(f":{port}"):
+        return False
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in read_text(table).splitlines()[1:]:
+            # proc(5): local address and port in hex, the address in words of the host's byte order; state 0A is LISTEN.
             fields = line.split()
-            if len(fields) > 3 and fields[3] == "0A" and fields[1].rpartition(":")[2] == wanted:
-                return True
+            if len(fields) > 3 and fields[3] == "0A":
+                address, _, number = fields[1].rpartition(":")
+                if int(number, 16) == port and (set(address) == {"0"} or address in LOOPBACK):
+                    return True
     return False
 
 
@@ -184,13 +204,15 @@ def main() -> None:
             "paths": {"type": "list", "elements": "path", "default": []},
             "packages": {"type": "list", "elements": "str", "default": []},
             "port": {"type": "int"},
+            "run_dir": {"type": "path", "default": "/run/reap"},
+            "model_dir": {"type": "path"},
         },
         supports_check_mode=True,
     )
     memory = parse_meminfo(read_text("/proc/meminfo"))
     release = parse_os_release(read_text("/etc/os-release"))
     names, gpu_error = gpu_names()
-    port = module.params["port"]
+    port, model = module.params["port"], module.params["model_dir"]
     facts = {
         "architecture": platform.machine(),
         "product": read_text("/sys/class/dmi/id/product_name"),
@@ -210,8 +232,9 @@ def main() -> None:
         **docker_facts(),
         "missing_packages": missing_packages(module.params["packages"]),
         "missing_paths": [path for path in module.params["paths"] if not Path(path).is_dir()],
-        "disk_free": {path: free_bytes(path) for path in module.params["paths"]},
-        "port_listening": port_listening(port) if port else False,
+        "port_taken": port_taken(port, module.params["run_dir"]) if port else False,
+        "model_begun": any(Path(path).exists() for path in (model, f"{model}.partial")) if model else False,
+        "model_free": free_bytes(model) if model else None,
     }
     module.exit_json(changed=False, facts=facts)
 

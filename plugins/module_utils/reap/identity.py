@@ -45,9 +45,10 @@ def host_problems(facts: Mapping[str, Any], expect: Mapping[str, Any]) -> list[s
 
     Args:
         facts: as module spark_facts returns them. Used here: architecture, product, dgx_name, gpu_names,
-            mem_total_kb, os_id, os_version, root, init.
+            mem_total_kb, os_id, os_version, root, init, port_taken, model_begun, model_free.
         expect: architecture (str), products (list of str: DMI product or DGX name, any one of them), gpu (str),
-            mem_total_min_kb and mem_total_max_kb (int, kB), os (list of "id version").
+            mem_total_min_kb and mem_total_max_kb (int, kB), os (list of "id version"), port (int), model_bytes (int,
+            bytes that the model takes on the disk).
 
     Returns:
         Sentences that say what was found, what was wanted and what to do.
@@ -81,6 +82,17 @@ def host_problems(facts: Mapping[str, Any], expect: Mapping[str, Any]) -> list[s
     system = f"{facts['os_id']} {facts['os_version']}"
     if systems and system not in systems:
         problems.append(f"operating system is {system}, wanted one of {', '.join(systems)}: install DGX OS 7")
+    if facts.get("port_taken"):
+        problems.append(
+            f"port {expect.get('port')} is in use by something else than reap.service: stop that, or choose another "
+            "reap_port"
+        )
+    wanted, free = int(expect.get("model_bytes") or 0), facts.get("model_free")
+    if free is not None and free < wanted and not facts.get("model_begun"):
+        problems.append(
+            f"{free / 1e9:.1f} GB are free where the model goes, wanted {wanted / 1e9:.1f} GB: free space, or set "
+            "reap_models_dir to another disk"
+        )
     if facts.get("init") != "systemd":
         problems.append(f"process 1 is {facts.get('init')}, wanted systemd: the service and the watchdog are its units")
     if not facts.get("root"):

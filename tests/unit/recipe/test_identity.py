@@ -19,6 +19,9 @@ SPARK = {
     "os_version": "24.04",
     "init": "systemd",
     "root": True,
+    "port_taken": False,
+    "model_begun": False,
+    "model_free": 100_000_000_000,
 }
 EXPECT = {
     "architecture": "aarch64",
@@ -27,6 +30,8 @@ EXPECT = {
     "mem_total_min_kb": 124_466_000,
     "mem_total_max_kb": 128_660_000,
     "os": ["ubuntu 24.04"],
+    "port": 8000,
+    "model_bytes": 94_000_000_000,
 }
 
 
@@ -54,6 +59,8 @@ def test_every_known_memory_size_is_accepted(gib: float) -> None:
         ({"os_version": "22.04"}, "ubuntu 22.04", "DGX OS 7"),
         ({"init": "sh"}, "sh", "systemd"),
         ({"root": False}, "root", "sudo"),
+        ({"port_taken": True}, "port 8000 is in use", "reap_port"),
+        ({"model_free": 93_900_000_000}, "93.9 GB are free", "free space"),
     ],
 )
 def test_each_difference_is_one_sentence_with_what_was_found_and_a_remedy(
@@ -63,6 +70,10 @@ def test_each_difference_is_one_sentence_with_what_was_found_and_a_remedy(
     assert len(problems) == 1
     assert found in problems[0]
     assert remedy in problems[0]
+
+
+def test_a_model_that_is_there_in_part_is_left_to_the_fetch_which_knows_what_is_missing() -> None:
+    assert host_problems({**SPARK, "model_begun": True, "model_free": 1}, EXPECT) == []
 
 
 def test_an_empty_expectation_is_not_checked() -> None:
