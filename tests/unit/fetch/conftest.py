@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import random
-import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 
 from reap.fetch import downloader, engine, hub, progress
+from sim.hub import sample
 from sim.hub.server import Hub
 
 ROOT = Path(__file__).parents[3]
@@ -32,31 +31,6 @@ def python() -> str:
         fcntl.flock(lock, fcntl.LOCK_EX)
         downloader.install(folder, ROOT / "roles/model_fetch/files/requirements.txt", [])
     return str(folder / "bin" / "python")
-
-
-def shard(tensor: str, data: bytes) -> bytes:
-    """A safetensors file with one tensor of bytes."""
-    header = json.dumps({tensor: {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
-    return struct.pack("<Q", len(header)) + header + data
-
-
-def write_checkpoint(
-    folder: Path, *, shards: int = 3, shard_bytes: int = 300_000, seed: int = 1, **config: Any
-) -> Path:
-    """A checkpoint of random tensors with an index; the same for the same arguments."""
-    folder.mkdir(parents=True)
-    source = random.Random(seed)
-    names = {}
-    for number in range(1, shards + 1):
-        name = f"model-{number:05d}-of-{shards:05d}.safetensors"
-        (folder / name).write_bytes(shard(f"t{number}", source.randbytes(shard_bytes)))
-        names[f"t{number}"] = name
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v4", "n_routed_experts": 144, **config}))
-    (folder / "README.md").write_text("a model\n")
-    (folder / "encoding").mkdir()
-    (folder / "encoding" / "table.py").write_text("TABLE = {}\n")
-    return folder
 
 
 @dataclass
@@ -151,5 +125,5 @@ def serve() -> Iterator[Callable[[Path], Hub]]:
 
 @pytest.fixture
 def site(tmp_path: Path, python: str, serve: Callable[[Path], Hub]) -> Site:
-    source = write_checkpoint(tmp_path / "hub" / "org" / "model")
+    source = sample.write(tmp_path / "hub" / "org" / "model")
     return Site(serve(tmp_path / "hub"), source, tmp_path / "models", python)

@@ -21,9 +21,10 @@ from reap.errors import ReapError
 from reap.fetch import manifest
 from reap.fetch import store as store_module
 from reap.fetch.state import inspect
+from sim.hub import sample
 from sim.hub.server import Hub
 
-from .conftest import REPO, TOKEN, Site, contents, shard, write_checkpoint
+from .conftest import REPO, TOKEN, Site, contents
 
 SECOND = "*/model-00002-of-00003.safetensors"
 
@@ -77,7 +78,7 @@ def test_what_passes_heals(site: Site, fault: dict[str, Any]) -> None:
 
 def test_a_cut_connection_is_continued_where_it_was(site: Site, tmp_path: Path) -> None:
     shutil.rmtree(site.source)
-    write_checkpoint(site.source, shards=1, shard_bytes=8 << 20)
+    sample.write(site.source, shards=1, shard_bytes=8 << 20)
     site.faults(on("*.safetensors", cut_after=5 << 20, times=1))
     site.fetch()
     offsets = [line["offset"] for line in site.got() if line["path"].endswith(".safetensors")]
@@ -146,7 +147,7 @@ def test_another_checkpoint_is_one_error_before_its_weights(site: Site) -> None:
 
 
 def test_a_shard_that_the_index_does_not_name_is_told(site: Site) -> None:
-    (site.source / "model-00009-of-00003.safetensors").write_bytes(shard("x", b"1234"))
+    (site.source / "model-00009-of-00003.safetensors").write_bytes(sample.shard("x", b"1234"))
     outcome = site.fetch()
     assert outcome.warnings == [
         "model-00009-of-00003.safetensors is named by no entry of model.safetensors.index.json; it is not loaded"
@@ -172,18 +173,19 @@ def test_a_storage_host_gets_the_bytes_asked_for_and_no_token(site: Site, serve:
     assert all(line["authorized"] for line in site.got())
 
 
-def test_one_damaged_file_is_fetched_again_alone(site: Site) -> None:
+@pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", "config.json"])
+def test_one_damaged_file_is_fetched_again_alone(site: Site, name: str) -> None:
     site.fetch()
     site.hub.log.clear()
-    victim = site.dest / "model-00001-of-00003.safetensors"
+    victim = site.dest / name
     before = victim.stat()
     data = bytearray(victim.read_bytes())
-    data[1000] ^= 1
+    data[0] ^= 1
     victim.write_bytes(data)
     os.utime(victim, ns=(before.st_mtime_ns, before.st_mtime_ns))
     # Same size, time and inode: only a full look finds it.
     assert not site.fetch().changed
-    outcome = site.fetch(verify="full")
+    outcome = site.fetch(verify="full", expect={"model_type": "deepseek_v4"})
     assert outcome.changed
     assert len(outcome.repaired) == 1
     assert site.is_whole()

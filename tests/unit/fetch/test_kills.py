@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from reap.fetch.store import partial_of
+from sim.hub import sample
 from sim.hub.repository import Repositories
 
-from .conftest import REPO, contents, write_checkpoint
+from .conftest import REPO, contents
 from .test_download import environment
 
 ROOT = Path(__file__).parents[3]
@@ -84,7 +85,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def test_twenty_kills(tmp_path: Path, python: str) -> None:
-    source = write_checkpoint(tmp_path / "hub" / REPO, shards=FILES, shard_bytes=FILE_BYTES)
+    source = sample.write(tmp_path / "hub" / REPO, shards=FILES, shard_bytes=FILE_BYTES)
     total = sum(len(data) for data in contents(source).values())
     faults, log = tmp_path / "faults.json", tmp_path / "hub.jsonl"
     faults.write_text(json.dumps({"total_bytes_per_s": RATE}))

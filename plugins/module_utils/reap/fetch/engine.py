@@ -72,8 +72,10 @@ def fetch(request: Request, progress: Progress) -> Outcome:
     began = time.monotonic()
     outcome = Outcome(path=str(request.dest))
     try:
-        state = inspect(request.repo, request.revision, request.dest, request.expect)
-        if not (state.ready and request.verify == "trust"):
+        # A full verification reads the config too and mends it; until then it may say anything.
+        full = request.verify == "full"
+        state = inspect(request.repo, request.revision, request.dest, {} if full else request.expect)
+        if full or not state.ready:
             with store.exclusive(request.dest, lambda text: progress.update(detail=text), request.lock_wait_s) as lock:
                 _Run(request, progress, outcome, lock).run()
     except OSError as error:
@@ -195,8 +197,10 @@ class _Run:
         self.progress.update(0, total=sum(want.size for want in plan.values()), detail="looking at what is there")
         for entry in local.adopt(partial, plan, request.repo, request.revision, self._read):
             self.progress.update(detail=f"verified {entry.name}")
+        partial.salvage(plan)
         partial.clean(plan)
-        have |= mf.trusted(partial.folder, partial.journal.read(), plan)
+        # Only what this plan wants: a peer may have given other files.
+        have = mf.trusted(partial.folder, partial.journal.read(), plan)
         missing = sum(want.size for name, want in plan.items() if name not in have) - partial.begun(plan)
         store.check_space(request.dest, max(0, missing), request.reserve, request.models)
 
@@ -223,6 +227,10 @@ class _Run:
         if not self.request.offline:
             # A disk that was tampered with agrees with itself; where the hub can be asked, its word counts.
             return self._open_hub().listing()
+        if not sources:
+            raise ReapError(
+                f"no other host gives {self.what}, and the hub is switched off. Give a source with --import."
+            )
         plan = next((source.plan for source in sources if source.plan is not None), None)
         if plan is None:
             raise ReapError(
@@ -248,28 +256,27 @@ class _Run:
         if name == CONFIG and self.request.expect:
             check_config(self.partial.folder, self.request.expect, self.what)
         if name == INDEX:
-            self.outcome.warnings = check_index(self.partial.folder, plan, self.what)
+            check_index(self.partial.folder, plan, self.what)
 
     def _from_peers(self, access: Access, have: dict[str, mf.Entry]) -> dict[str, Want] | None:
         """Take the revision from other hosts; the plan when all of it is here, None when the hub is next."""
         request, partial = self.request, self.partial
         (partial.work / FILLING).unlink(missing_ok=True)
         known = partial.load_plan(request.repo, request.revision)
-        total = done = 0
+        done = shown = 0
 
         def begin(plan: dict[str, Want], address: str) -> dict[str, Want]:
-            nonlocal known, total, done
-            if known is None:
-                known = plan
-                partial.save_plan(request.repo, request.revision, plan)
-            # The giver's hashes are all sha256; the hub's plan, where there is one, decides in the end.
-            wanted = {name: plan[name] for name in known}
+            nonlocal known, done, shown
+            # The hub's hashes, where an earlier run has them, else the giver's. A giver's are not kept for later: they
+            # are all sha256, and the hub names small files by their blob id.
+            wanted = known = known or plan
             local.adopt(partial, wanted, request.repo, request.revision, self._read)
             have.update(mf.trusted(partial.folder, partial.journal.read(), wanted))
             missing = {name: want for name, want in wanted.items() if name not in have}
             store.check_space(request.dest, sum(w.size for w in missing.values()), request.reserve, request.models)
-            total, done = sum(w.size for w in wanted.values()), sum(e.size for e in have.values())
+            done = shown = sum(entry.size for entry in have.values())
             (partial.work / FILLING).touch()
+            total = sum(want.size for want in wanted.values())
             self.progress.update(done, total=total, source=f"peer:{address}", detail="copying")
             self.progress.restart_rate(done)
             return missing
@@ -280,12 +287,24 @@ class _Run:
                 have[entry.name] = entry
                 done += entry.size
                 self.outcome.fetched += entry.size
-            self.progress.update(done, detail=entry.name)
+            self.progress.update(detail=entry.name)
+
+        def moved(landed: Mapping[str, int]) -> None:
+            nonlocal shown
+            with self._guard:
+                # A file that is on its way to its name is in neither for a moment: no step back.
+                shown = max(shown, done + sum(size for name, size in landed.items() if name not in have))
+            self.progress.update(shown)
 
         peers = Peers(
-            access, request.repo, request.revision, request.dest, lambda text: self.progress.update(detail=text)
+            access,
+            request.repo,
+            request.revision,
+            request.dest,
+            lambda text: self.progress.update(detail=text),
+            self.outcome.warnings.append,
         )
-        giver = peers.take(partial, known, verified, begin, lambda count: self.progress.update(done + count))
+        giver = peers.take(partial, known, verified, begin, moved)
         if giver is None or known is None:
             return None
         self.outcome.source = f"peer:{giver}"
@@ -341,8 +360,11 @@ class _Run:
         over = threading.Event()
 
         def watch() -> None:
+            shown = 0
             while not over.wait(1.0):
-                self.progress.update(done + partial.begun(plan))
+                # A file that is on its way to its name is in neither for a moment: no step back.
+                shown = max(shown, done + partial.begun(plan))
+                self.progress.update(shown)
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()

@@ -132,7 +132,15 @@ def _rsync_source(models: Path, words: Sequence[str]) -> Path | None:
 class Peers:
     """The other hosts, as one receiver sees them."""
 
-    def __init__(self, access: Access, repo: str, revision: str, dest: Path, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        access: Access,
+        repo: str,
+        revision: str,
+        dest: Path,
+        note: Callable[[str], None],
+        warn: Callable[[str], None],
+    ) -> None:
         for address in access.addresses:
             if not _ADDRESS.fullmatch(address) or address.startswith("-"):
                 raise ReapError(f"the peer is {address!r}; wanted user@host")
@@ -141,6 +149,7 @@ class Peers:
         self.revision = revision
         self.dest = dest
         self._note = note
+        self._warn = warn
         self._bad: dict[str, int] = {}
 
     def _ssh(self) -> list[str]:
@@ -172,13 +181,13 @@ class Peers:
         plan: Mapping[str, Want] | None,
         have: Callable[[mf.Entry], None],
         begin: Callable[[dict[str, Want], str], dict[str, Want]],
-        moved: Callable[[int], None],
+        moved: Callable[[Mapping[str, int]], None],
     ) -> str | None:
         """Take what is missing from whoever has it.
 
         Args:
             begin: gets the giver's plan and address when a copy begins, answers what is still missing.
-            moved: told the bytes that lie in the receiving folder, now and then.
+            moved: told the bytes of each file that lies in the receiving folder, now and then.
 
         Returns:
             The last giver's address, or None when nobody has the revision or will have it.
@@ -198,6 +207,7 @@ class Peers:
                 theirs = _plan(reply.get("files"))
                 if theirs is None or (plan is not None and set(theirs) != set(plan)):
                     self._bad[address] = 2
+                    self._warn(f"{address}: has other files than the hub lists")
                     continue
                 missing = begin(theirs, address)
                 problem = self._copy(address, partial, missing, have, moved)
@@ -207,9 +217,10 @@ class Peers:
                 (partial.work / FILLING).unlink(missing_ok=True)
                 if problem != "busy":
                     self._bad[address] = self._bad.get(address, 0) + 1
-                    self._note(f"peer {address}: {problem}; trying another")
+                    self._warn(f"{address}: {problem}")
             hope = any(state in ("ready", "busy", "filling") for state in states.values())
-            if not hope and time.monotonic() - began >= self.access.wait_s:
+            # Where every peer has failed for good there is nobody to wait for.
+            if not hope and (not states or time.monotonic() - began >= self.access.wait_s):
                 return None
             self._note(f"waiting for a peer: {', '.join(f'{a} {s}' for a, s in sorted(states.items())) or 'none left'}")
             time.sleep(random.uniform(0.5, 1.5))
@@ -220,10 +231,10 @@ class Peers:
         partial: store.Partial,
         missing: Mapping[str, Want],
         have: Callable[[mf.Entry], None],
-        moved: Callable[[int], None],
+        moved: Callable[[Mapping[str, int]], None],
     ) -> str | None:
         """One rsync of the whole revision; files are verified while the next ones still come."""
-        landing = partial.work / "peer"
+        landing = partial.landing
         landing.mkdir(exist_ok=True)
         command = [
             "rsync",
@@ -262,7 +273,7 @@ class Peers:
 
         def watch() -> None:
             while not over.wait(1.0):
-                moved(sum(found.st_size for found in mf.walk(landing).values()))
+                moved({name: found.st_size for name, found in mf.walk(landing).items()})
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()

@@ -94,6 +94,7 @@ class Partial:
         self.folder = partial_of(dest)
         self.work = self.folder / WORK
         self.incoming = self.work / "incoming"
+        self.landing = self.work / "peer"
         self.journal = mf.Journal(self.folder)
 
     def open(self) -> None:
@@ -132,6 +133,13 @@ class Partial:
             with contextlib.suppress(OSError):
                 total += self.part(want).stat().st_size
         return total
+
+    def salvage(self, plan: Mapping[str, Want]) -> None:
+        """Let the hub continue the files that a lost peer began to give; what they hold is hashed in the end."""
+        for want in plan.values():
+            begun = self.landing / want.name
+            if begun.is_file() and not begun.is_symlink():
+                begun.replace(self.part(want))
 
     def clean(self, plan: Mapping[str, Want]) -> list[str]:
         """Take away what the revision does not have; returns the names of files that were removed."""
