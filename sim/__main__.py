@@ -22,6 +22,11 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("build", help="make the cached parts that are missing or out of date")
     one.add_argument("parts", nargs="*", metavar="PART", help=f"some of: {', '.join(build.PARTS)} (default: all)")
 
+    one = commands.add_parser("publish", help="a model of random weights on the hub, new each time, to test downloads")
+    one.add_argument("model", metavar="OWNER/NAME")
+    one.add_argument("--files", type=int, default=40)
+    one.add_argument("--megabytes", type=int, default=4, help="size of each file (default 4)")
+
     one = commands.add_parser("up", help="a host that answers over SSH")
     one.add_argument("name")
     one.add_argument("--docker", choices=["preinstalled", "absent"], default="preinstalled")
@@ -130,6 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
         check_owner()
         if options.command == "build":
             build.build(options.parts)
+        elif options.command == "publish":
+            print(build.publish(options.model, options.files, options.megabytes))
         elif options.command == "up":
             entry = hosts.up(options.name, options.docker, options.fresh)
             if options.json:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 import tempfile
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sim import images, runtime_image, services
 from sim.common import CACHE, FACTS, REPOSITORY, SimError, lock, read_json, run, stamp, step, update_facts
+from sim.hub import sample
+from sim.hub.repository import Repositories
 
 PARTS = ("hosts", "runtime-image", "checkpoints")
 
@@ -56,12 +60,35 @@ def _remember(model: str, fact: dict[str, Any]) -> None:
     update_facts(lambda facts: facts.setdefault("checkpoints", {}).update({model: fact}))
 
 
+def publish(model: str, files: int, megabytes: int) -> str:
+    """A model of random weights lies on the hub, another one at each call; returns its revision (facts.json has it)."""
+
+    def write(made: Path) -> None:
+        sample.write(made, shards=files, shard_bytes=megabytes << 20, seed=random.SystemRandom().getrandbits(64))
+
+    folder = services.HUB_ROOT / model
+    with lock("checkpoints"), step(f"making the model {model}"):
+        _replace(folder, write)
+        revision = Repositories(services.HUB_ROOT).revision(model, "main")
+        assert revision is not None
+        size = sum(file.size for file in revision.files.values())
+        _remember(model, {"revision": revision.commit, "bytes": size})
+    return revision.commit
+
+
 def _publish(folder: Path, arguments: list[str]) -> None:
+    _replace(
+        folder,
+        lambda made: run([sys.executable, "-m", "sim.checkpoint.build", "--out", made, *arguments], cwd=REPOSITORY),
+    )
+
+
+def _replace(folder: Path, make: Callable[[Path], object]) -> None:
     """Makes the model beside, then puts it in the place of the old one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="model-") as work:
         made = Path(work) / "made"
-        run([sys.executable, "-m", "sim.checkpoint.build", "--out", made, *arguments], cwd=REPOSITORY)
+        make(made)
         if folder.exists():
             folder.rename(Path(work) / "old")
         made.rename(folder)
