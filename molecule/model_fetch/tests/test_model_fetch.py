@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import random
 import re
 import shlex
 import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from testinfra.host import Host
 
+from sim import engine, hosts, services
+from sim.common import object_name
+from sim.hub.repository import Repositories
+
 REPOSITORY = Path(__file__).resolve().parents[3]
+SCENARIO = REPOSITORY / "molecule" / "model_fetch"
 TOKEN = "hf_open_sesame_0123456789"
 REPO = "sim/needle"
 FACTS = json.loads((REPOSITORY / ".cache/sim/facts.json").read_text())
@@ -54,6 +65,79 @@ def test_the_downloader_is_the_pinned_one(host: Host) -> None:
     )
     program = "import huggingface_hub; print(huggingface_hub.__version__)"
     assert host.check_output(f"/opt/reap/downloader/bin/python -c '{program}'") == wanted
+
+
+# Looks at every process, as fast as it can, until its input ends; what it looks for comes on the first line.
+LOOK = """
+import json, os, select, sys
+token = sys.stdin.buffer.readline().strip()
+looks, found = 0, set()
+while not select.select([sys.stdin], [], [], 0.01)[0]:
+    looks += 1
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            command = open("/proc/%s/cmdline" % pid, "rb").read()
+            environ = open("/proc/%s/environ" % pid, "rb").read()
+            owner = os.stat("/proc/" + pid).st_uid
+        except OSError:
+            continue
+        words = command.replace(b"\\0", b" ").decode(errors="replace")[:200]
+        if token in command: found.add(("command line", words, owner))
+        if token in environ: found.add(("environment", words, owner))
+print(json.dumps({"looks": looks, "found": sorted(found)}))
+"""
+
+
+def play(*more: str) -> tuple[int, str]:
+    """The scenario's playbook once more, and what it said."""
+    command = [str(REPOSITORY / ".venv/bin/ansible-playbook"), str(SCENARIO / "converge.yml"), *more]
+    command += [f"--inventory={REPOSITORY / 'molecule/shared/inventory'}", f"--inventory={SCENARIO / 'inventory'}"]
+    unwanted = ("ANSIBLE_", "MOLECULE_", "FORCE_COLOR", "PY_COLORS")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(unwanted)}
+    environment |= {"ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "LC_ALL": "C.UTF-8"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+@contextmanager
+def faults(**content: Any) -> Iterator[None]:
+    """The hub misbehaves as long as the block lasts."""
+    file = REPOSITORY / ".cache/sim/hub-state/faults.json"
+    file.write_text(json.dumps(content))
+    try:
+        yield
+    finally:
+        file.unlink()
+
+
+def test_while_it_is_used_the_token_is_in_the_downloads_environment_only(host: Host) -> None:
+    name = host.backend.host.name
+    digest = hashlib.sha256(TOKEN.encode()).hexdigest()
+    host.check_output(f"rm -rf {DEST}")
+    there = ["ssh", "-F", str(REPOSITORY / ".cache/sim/ssh_config"), name, f"sudo python3 -c {shlex.quote(LOOK)}"]
+    watchers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for command in (there, [sys.executable, "-c", LOOK])
+    ]
+    for watcher in watchers:
+        assert watcher.stdin is not None
+        watcher.stdin.write(TOKEN + "\n")
+        watcher.stdin.flush()
+    # Only whoever has the token gets a file, and not at once.
+    with faults(access={REPO: {"kind": "gated", "token_sha256": [digest]}}, total_bytes_per_s=2_000_000):
+        rc, out = play("-vvv")
+    on_host, here = (json.loads(watcher.communicate("\n", timeout=60)[0]) for watcher in watchers)
+    assert rc == 0, out
+    assert TOKEN not in out
+    # This machine sees the simulated host's processes too, with their environments.
+    assert [found for found in here["found"] if found[0] == "command line"] == []
+    assert here["looks"] > 20
+    assert on_host["looks"] > 20
+    # Root's, and only the fetch and its own children: it did look at the right ones.
+    assert {(where, owner) for where, _, owner in on_host["found"]} == {("environment", 0)}
+    commands = {words.split(" --")[0].strip() for _, words, _ in on_host["found"]}
+    assert any("reap.fetch.worker" in words for words in commands), commands
+    assert all("reap.fetch.worker" in words or "/opt/reap/bin/reap fetch" in words for words in commands), commands
 
 
 def test_the_token_is_nowhere_on_the_host(host: Host) -> None:
@@ -137,3 +221,120 @@ def test_an_old_revision_goes_only_when_asked_and_never_the_wanted(host: Host) -
     done = host.run(f"/opt/reap/bin/reap fetch --models {MODELS} --prune unused --keep {DEST}")
     assert json.loads(done.stdout)["removed"] == [old]
     assert host.file(DEST).is_directory
+
+
+def test_a_full_verification_mends_one_file_and_what_was_asked_goes_but_never_the_previous(host: Host) -> None:
+    victim = f"{DEST}/config.json"
+    record = {entry["name"]: entry for entry in manifest(host)["files"]}["config.json"]
+    # Same size, time and inode: only a look at the content finds it.
+    host.check_output(
+        f"cp -p {victim} /root/before && printf X | dd of={victim} conv=notrunc status=none && "
+        f"touch -r /root/before {victim}"
+    )
+    previous, unused = (f"{MODELS}/org/old/{digit * 40}" for digit in "bc")
+    host.check_output(f"mkdir -p {previous} {unused} /etc/reap && touch {previous}/model.bin {unused}/model.bin")
+    state = json.dumps({"fit": {"model_dir": previous}})
+    host.check_output("printf %s > /etc/reap/service.previous.json", state)
+    rc, out = play("-e", json.dumps({"model_fetch_verify": "full", "model_fetch_prune": ["unused"]}))
+    assert rc == 0, out
+    assert host.file(victim).sha256sum == record["sha256"]
+    told = json.loads(host.check_output("cat /run/reap/jobs/model_fetch/stdout"))
+    assert (told["fetched"], len(told["repaired"])) == (record["size"], 1)
+    assert [host.file(folder).exists for folder in (DEST, previous, unused)] == [True, True, False]
+    host.check_output("rm /etc/reap/service.previous.json")
+    rc, out = play()
+    assert (rc, "changed=0 " in out) == (0, True), out
+
+
+# --- killed at a random byte, twenty times ---
+
+KILLS = 20
+MANY = "sim/many"
+FILE_BYTES = 4 << 20
+
+
+def await_bytes(host: Host, dest: str, at_least: int, unit: str) -> None:
+    """Returns when the unfinished folder holds so many bytes, the fetch runs and there is nothing to serve.
+
+    One connection that waits, not one for each look.
+    """
+    script = f"""
+import os, subprocess, sys, time
+end = time.monotonic() + 120
+while time.monotonic() < end:
+    total = 0
+    for root, _, names in os.walk({dest + ".partial"!r}):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(root, name)).st_size
+            except OSError:
+                pass
+    if total >= {at_least}:
+        subprocess.run(["systemctl", "is-active", {unit!r}], check=True)
+        sys.exit("served" if os.path.exists({dest!r}) else 0)
+    time.sleep(0.01)
+sys.exit("only " + str(total))
+"""
+    host.check_output(f"python3 -c {shlex.quote(script)}")
+
+
+def test_twenty_kills_of_the_client_the_hub_and_the_host(host: Host) -> None:
+    """The host as by a power cut: every process of it at once. Its disk's cache is this machine's and stays."""
+    name = host.backend.host.name
+    docker = engine.require()
+    hub = object_name("hub")
+    publish = [sys.executable, "-m", "sim", "publish", MANY]
+    done = subprocess.run(publish, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    revision = done.stdout.strip()
+    wanted = Repositories(services.HUB_ROOT).revision(MANY, "main")
+    assert wanted is not None
+    total = sum(file.size for file in wanted.files.values())
+    dest = f"{MODELS}/{MANY}/{revision}"
+    command = ["/opt/reap/bin/reap", "fetch", f"--repo={MANY}", f"--revision={revision}", f"--dest={dest}"]
+    command += ["--downloader=/opt/reap/downloader/bin/python", f"--endpoint={HUB}", "--stall-timeout=5"]
+    units = (f"fetch-{number}" for number in range(KILLS + 1))
+
+    def start() -> str:
+        unit = next(units)
+        host.check_output(f"systemd-run --quiet --unit={unit} {shlex.join(command)}")
+        return unit
+
+    chance = random.Random(11)
+    # A connection to the host takes a moment, in which the download goes on: no two marks close together.
+    marks = [int(total * 0.85 * (number + chance.random()) / KILLS) for number in range(KILLS)]
+    killed = Counter[str]()
+    with faults(total_bytes_per_s=5_000_000):
+        unit = start()
+        for number, mark in enumerate(marks):
+            await_bytes(host, dest, mark, unit)
+            victim = ("client", "hub", "host")[number % 3]
+            killed[victim] += 1
+            if victim == "hub":
+                docker.docker("kill", hub)
+                docker.docker("start", hub)
+            elif victim == "client":
+                host.check_output(f"systemctl kill --signal=KILL {unit}")
+                unit = start()
+            else:
+                hosts.reboot(name, hard=True)
+                unit = start()
+        host.check_output(f"timeout 120 sh -c 'until [ -e {dest} ]; do sleep 0.1; done'")
+    assert killed == {"client": 7, "hub": 7, "host": 6}
+    found = {entry["name"]: entry["sha256"] for entry in manifest(host, dest)["files"]}
+    there = {
+        path.split("  ")[1].removeprefix("./"): path.split("  ")[0]
+        for path in host.check_output(
+            f"cd {dest} && find . -type f ! -name reap-manifest.json -exec sha256sum {{}} +"
+        ).splitlines()
+    }
+    assert there == found
+    assert found == {n: hashlib.sha256(f.location.read_bytes()).hexdigest() for n, f in wanted.files.items()}
+    twice = 0
+    ends: dict[str, int] = {}
+    for line in map(json.loads, (services.HUB_STATE / "requests.jsonl").read_text().splitlines()):
+        if line["method"] == "GET" and f"/{MANY}/resolve/{revision}/" in line["path"]:
+            twice += max(0, ends.get(line["path"], 0) - line["offset"])
+            ends[line["path"]] = line["offset"] + line["bytes"]
+    print(f"{total} bytes wanted, {twice} sent twice: {twice / KILLS / FILE_BYTES:.2f} files a kill")
+    assert twice <= KILLS * FILE_BYTES
+    host.check_output(f"rm -rf {dest}")
