@@ -190,13 +190,16 @@ def test_a_slow_crossing_asks_the_supervisor_first(spark: Spark) -> None:
 
 
 @pytest.mark.parametrize("how", ["KILL", "STOP"])
-def test_killed_or_hanging_it_comes_back_guarding(spark: Spark, how: str) -> None:
+def test_killed_or_hanging_it_comes_back_guarding_and_waits_for_no_writer(spark: Spark, how: str) -> None:
     spark.container()
     spark.serve("serving")
     before = spark.main_pid()
-    spark.run(f"kill -{how} {before}")
+    writer = int(spark.run(f"cat /proc/{before}/task/{before}/children"))
+    spark.run(f"kill -STOP {writer}; kill -{how} {before}")
     await_true(lambda: spark.main_pid() not in (0, before), "a new main process")
     await_true(lambda: spark.run("systemctl is-active reap-watchdog", good=(0, 3)).strip() == "active", "its unit")
+    assert spark.run(f"ps -o stat= -p {writer}").startswith("T")
+    spark.run(f"kill -9 {writer}")
     spark.lines(-4096)
     await_true(lambda: not spark.pids_left(), "the end of the container")
 
