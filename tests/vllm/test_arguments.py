@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from reap.profiles import Profile, vllm_arguments
+from reap.serve.gate import MIDDLEWARE
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES: dict[str, Any] = yaml.safe_load((ROOT / "group_vars/all/profiles.yml").read_text(encoding="utf-8"))[
@@ -27,7 +28,8 @@ Ask = Callable[[dict[str, list[str]]], dict[str, Any]]
 
 def arguments(name: str) -> list[str]:
     profile = Profile.from_mapping(PROFILES[name], name)
-    return vllm_arguments(profile, model_dir="/models/x", host="127.0.0.1", port=8000)
+    arguments = vllm_arguments(profile, model_dir="/models/x", host="127.0.0.1", port=8000)
+    return [*arguments, "--middleware", MIDDLEWARE]
 
 
 @pytest.fixture(scope="module")

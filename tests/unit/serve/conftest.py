@@ -93,6 +93,7 @@ class Bench:
             "drop_page_cache": False,
             "state_dir": str(self.state_dir),
             "run_dir": str(self.run_dir),
+            "evidence_dir": str(self.folder / "evidence"),
             "timings": timings | changes.pop("timings", {}),
             **changes,
         }

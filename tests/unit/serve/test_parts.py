@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from reap.serve.host import mem_available_kb, port_taken, read_key
 from reap.serve.notify import Notifier
 from reap.serve.probe import parse_metrics
 from reap.serve.progress import LoadProgress
+from reap.serve.proxy import write_key
 from reap.serve.state import boot_id, write_text
 
 from .conftest import Bench, until
@@ -97,7 +99,7 @@ def test_the_backoff_doubles_up_to_its_limit() -> None:
 def test_the_container_is_run_in_the_foreground_and_never_pulled(bench: Bench) -> None:
     bench.configure(gpus="all", ulimits={"memlock": "-1", "stack": "67108864"})
     config = ServiceConfig.read(bench.config_path)
-    words = run_command(config, Path("/run/reap/model.env"))
+    words = run_command(config, Path("/run/reap/model.env"), Path("/run/reap/gate"), ["PYTHONPATH=/in/image"])
     text = " ".join(words)
     assert words[:2] == ["docker", "run"]
     for part in (
@@ -105,6 +107,8 @@ def test_the_container_is_run_in_the_foreground_and_never_pulled(bench: Bench) -
         "--ulimit stack=67108864", "--env-file /run/reap/model.env", "--env HF_HUB_OFFLINE=1",
         f"source={config.model_dir},target={config.model_dir},readonly",
         f"--entrypoint vllm good serve {config.model_dir} --served-model-name",
+        "--env PYTHONPATH=/opt/reap-gate:/in/image", "source=/run/reap/gate,target=/opt/reap-gate,readonly",
+        "--middleware reap_gate.Gate",
     ):  # fmt: skip
         assert part in text
     assert "--detach" not in words
@@ -112,8 +116,26 @@ def test_the_container_is_run_in_the_foreground_and_never_pulled(bench: Bench) -
 
 
 def test_without_a_gpu_none_is_asked_for(config: ServiceConfig) -> None:
-    assert "--gpus" not in run_command(config, None)
-    assert "--env-file" not in run_command(config, None)
+    assert "--gpus" not in run_command(config, None, Path("/run/reap/gate"))
+    assert "--env-file" not in run_command(config, None, Path("/run/reap/gate"))
+
+
+# ---- the key as the proxy reads it -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["simple", 'a"b\\\\c$d;{}', "x.*+?()[]|^z"])
+def test_the_proxys_expression_matches_the_key_and_nothing_else(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "key.conf"
+    assert write_key(path, key) is True
+    assert write_key(path, key) is False
+    assert path.stat().st_mode & 0o777 == 0o600
+    expression = re.search(r'"~(.*)" 1;', path.read_text())[1].replace("\\z", "\\Z")
+    assert re.search(expression, f"Bearer {key}")
+    assert re.search(expression, f"bearer {key}")
+    for other in (f"Bearer {key}x", f"Bearer {key[:-1]}", f"xBearer {key}", f"Bearer {key.upper()}", "Bearer ", ""):
+        assert not re.search(expression, other)
+    path.chmod(0o644)
+    assert write_key(path, key) is True
 
 
 # ---- what the log says -----------------------------------------------------------------------------------------------

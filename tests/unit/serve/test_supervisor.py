@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from reap.serve.evidence import newest
 from reap.serve.supervisor import FAILED, LATCHED, STOPPED, WRONG
 from tests.support.sparse_checkpoint import write_sparse_checkpoint
 
@@ -88,11 +89,70 @@ def test_the_error_of_a_failed_load_is_told(bench: Bench) -> None:
 def test_a_kill_by_the_watchdog_is_named(bench: Bench) -> None:
     process = bench.start()
     bench.await_phase("serving")
-    event = {"kills": 1, "last_event": {"detail": "4096 kB available, floor 8388608 kB"}}
+    event = {"kills": 1, "last_event": {"reason": "4096 kB available, floor 8388608 kB"}}
     (bench.run_dir / "watchdog.json").write_text(json.dumps(event))
     os.kill(bench.container_pid(), signal.SIGKILL)
     assert end(process) == FAILED
     assert "watchdog stopped the model: 4096 kB available" in bench.state()["detail"]
+
+
+SHED = {"kills": 0, "sheds": 1, "last_event": {"event": "shed", "reason": "below the floor of 8.00 GiB"}}
+
+
+def test_a_shed_by_the_watchdog_is_a_failure_and_gives_no_time(bench: Bench) -> None:
+    """Memory cannot wait for running requests, and nobody asked for a service that stays away."""
+    bench.image("good", busy=True)
+    bench.configure(timings={"drain_s": 600})
+    process = bench.start()
+    bench.await_phase("serving")
+    (bench.run_dir / "watchdog.json").write_text(json.dumps(SHED))
+    process.terminate()
+    assert end(process) == FAILED
+    assert "the memory watchdog asked for a stop: below the floor" in bench.state()["detail"]
+    bench.restarted_by_systemd(1)
+    process = bench.start()
+    until(lambda: bench.state()["pid"] == process.pid and bench.state()["phase"] == "serving", "serving again")
+    process.kill()
+
+
+def test_a_stop_by_a_person_during_a_shed_is_a_stop(bench: Bench) -> None:
+    bench.image("good", stubborn=True)
+    process = bench.start()
+    bench.await_phase("serving")
+    (bench.run_dir / "watchdog.json").write_text(json.dumps(SHED))
+    process.terminate()
+    bench.await_phase("stopping")
+    process.terminate()
+    assert end(process) == STOPPED
+
+
+def test_a_shed_in_the_load_of_a_new_generation_brings_the_one_before_back(bench: Bench) -> None:
+    before = bench.configure()
+    process = bench.start()
+    bench.await_phase("serving")
+    process.terminate()
+    end(process)
+    bench.image("larger", never_ready=True)
+    after = bench.configure(image="larger")
+    process = bench.start()
+    until(lambda: bench.state()["generation"] == after and bench.state()["phase"] == "loading", "the load")
+    (bench.run_dir / "watchdog.json").write_text(json.dumps(SHED))
+    process.terminate()
+    state = bench.await_phase("serving")
+    assert state["generation"] == before
+    assert "the memory watchdog asked for a stop" in state["replaced"]["reason"]
+    process.terminate()
+    assert end(process) == STOPPED
+
+
+def test_a_latched_watchdog_latches_the_service_with_its_reason(bench: Bench) -> None:
+    latched = SHED | {"latched": True, "hold_until_available_kb": 10**12}
+    (bench.run_dir / "watchdog.json").write_text(json.dumps(latched))
+    bench.configure(timings={"memory_wait_s": 600})
+    assert end(bench.start()) == LATCHED
+    assert "latched because the memory watchdog allows no start: below the floor" in bench.state()["detail"]
+    assert "reap watch --lift" in bench.state()["detail"]
+    assert not (bench.engine / "commands.log").exists()
 
 
 def test_a_model_that_ignores_the_stop_is_killed_after_the_grace(bench: Bench) -> None:
@@ -112,7 +172,23 @@ def test_running_requests_get_their_time_and_no_more(bench: Bench) -> None:
     process = bench.start()
     bench.await_phase("serving")
     process.terminate()
-    until(lambda: any("requests have" in line for line in bench.heard()), "the drain in the status")
+    until(
+        lambda: any("stopping: 7 requests have" in line and "new ones are refused" in line for line in bench.heard()),
+        "the drain",
+    )
+    assert end(process) == STOPPED
+
+
+def test_the_door_is_open_again_after_a_stop(bench: Bench) -> None:
+    process = bench.start()
+    bench.await_phase("serving")
+    process.terminate()
+    assert end(process) == STOPPED
+    assert (bench.run_dir / "gate/shut").exists()
+    process = bench.start()
+    until(lambda: "READY=1" in bench.heard()[-5:] and bench.state()["phase"] == "serving", "serving again")
+    assert not (bench.run_dir / "gate/shut").exists()
+    process.terminate()
     assert end(process) == STOPPED
 
 
@@ -121,8 +197,16 @@ def test_a_wedged_engine_is_found(bench: Bench) -> None:
     bench.configure(timings={"stall_s": 1})
     process = bench.start()
     bench.await_phase("serving")
+    pid = bench.container_pid()
     assert end(process) == FAILED
     assert "wedged: a request waits and nothing moved" in bench.state()["detail"]
+    kept = newest(bench.folder / "evidence")
+    assert kept is not None
+    assert kept["path"] in bench.state()["detail"]
+    bundle = json.loads(Path(kept["path"]).read_text())
+    assert [sample["running"] for sample in bundle["samples"]][-3:] == [1, 1, 1]
+    assert any(line.startswith("vllm:num_requests_running") for line in bundle["metrics"])
+    assert bundle["container_state"]["Pid"] == pid
 
 
 def test_an_engine_that_stopped_while_idle_is_found(bench: Bench) -> None:

@@ -12,7 +12,10 @@ from ..serve.apply import apply, rollback
 from ..serve.cleanup import clean_up
 from ..serve.config import ServiceConfig
 from ..serve.docker import Docker
+from ..serve.failure import Failure
+from ..serve.host import read_key
 from ..serve.notify import Notifier
+from ..serve.proxy import write_key
 from ..serve.state import boot_id, read_json, write_json
 from ..serve.supervisor import Supervisor
 
@@ -26,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action.add_argument("--apply", action="store_true", help="make the unit serve what FILE asks for, and wait for it")
     action.add_argument("--rollback", action="store_true", help="go back to the generation that served before")
     action.add_argument("--clean-up", action="store_true", help="remove what a killed service left (ExecStopPost=)")
+    action.add_argument(
+        "--proxy-key",
+        type=Path,
+        metavar="OUT",
+        help="write the API key as the proxy reads it; say if that is new",
+    )
     parser.add_argument("--check", action="store_true", help="with --apply: only say what would be done")
 
 
@@ -37,6 +46,15 @@ def run(args: argparse.Namespace) -> int:
         return 1 if outcome.error else 0
     if args.clean_up:
         return _clean_up(args.config)
+    if args.proxy_key:
+        config = ServiceConfig.read(args.config)
+        try:
+            key = read_key(Path(config.api_key_file), required=True)
+        except Failure as failure:
+            raise ReapError(str(failure)) from failure
+        assert key is not None
+        print(json.dumps({"changed": write_key(args.proxy_key, key)}))
+        return 0
     notifier = Notifier()
     try:
         return Supervisor(args.config, notifier=notifier).run()

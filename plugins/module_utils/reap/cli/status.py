@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ReapError
+from ..serve import evidence
 from ..serve.host import mem_available_kb
 from ..serve.state import alive, read_json
 
@@ -44,7 +45,8 @@ def collect(run_dir: Path, evidence_dir: Path) -> dict[str, Any]:
         phase (serving, loading, stopping, absent), generation, profile, model, image, endpoint, since_unix (s), detail,
         progress, replaced; mem_available_kb (kB); watchdog {running, phase, mem_available_kb, floor_kb, hard_floor_kb,
         kills, sheds, stops_in_window, budget, latched, hold_until_available_kb, last_event} or null; evidence (path of
-        the newest bundle of a kill) or null; verification {verdict, report, finished_unix} or null.
+        the newest bundle of a kill) or null; wedge {path, reason, unix} of the last wedged engine's evidence or null;
+        verification {verdict, report, finished_unix} or null.
     """
     state = read_json(run_dir / "service.json") or {}
     names = ("generation", "profile", "image", "endpoint", "since_unix", "detail", "progress", "replaced")
@@ -63,6 +65,7 @@ def collect(run_dir: Path, evidence_dir: Path) -> dict[str, Any]:
         watchdog = {"running": alive(watchdog)} | {key: watchdog.get(key) for key in _WATCHDOG}
     found["watchdog"] = watchdog
     found["evidence"] = _newest_bundle(run_dir, evidence_dir)
+    found["wedge"] = evidence.newest(evidence_dir / "service")
     found["verification"] = _last_verification(evidence_dir)
     return found
 
@@ -81,6 +84,8 @@ def one_line(found: dict[str, Any]) -> str:
     if found.get("mem_available_kb") is not None:
         parts.append(f"{found['mem_available_kb'] / 1024**2:.1f} GiB available")
     parts += _watchdog_line(found["watchdog"])
+    if found.get("wedge"):
+        parts.append(f"last wedge {_age(found['wedge']['unix'])} ago: {found['wedge']['path']}")
     check = found.get("verification")
     parts.append("never verified" if check is None else f"last verification {check['verdict']}")
     return "; ".join(parts)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import time
 from pathlib import Path
 
 from ..errors import ReapError
 from ..watch import series
 from ..watch.config import Settings, load
+from ..watch.lift import lift
 from ..watch.loop import Guardian
-from ..watch.state import read_boot_id, read_json
 
 HELP = "guard the host's memory and stop the model before the host freezes"
 
 
 # The guard looks for signals at least four times a second.
-_LIFT_S = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,21 +69,6 @@ def _replay(path: Path) -> int:
 
 
 def _lift(path: Path) -> int:
-    """Ends when the state file shows it, so that a start that follows sees neither hold nor latch."""
-    state = read_json(path)
-    pid = state.get("pid") if isinstance(state, dict) and state.get("boot_id") == read_boot_id() else None
-    if not isinstance(pid, int):
-        raise ReapError(f"no running watchdog is named in {path}; start reap-watchdog.service first")
-    try:
-        if "watch" not in Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace"):
-            raise ProcessLookupError(pid)
-        os.kill(pid, signal.SIGUSR1)
-    except OSError as error:
-        raise ReapError(f"the watchdog of {path} (process {pid}) cannot be reached: {error}") from error
-    end = time.monotonic() + _LIFT_S
-    while (read_json(path) or {}).get("hold_until_available_kb") is not None:
-        if time.monotonic() > end:
-            raise ReapError(f"the watchdog (process {pid}) did not lift it within {_LIFT_S:.0f} s: see its journal")
-        time.sleep(0.02)
+    lift(path)
     print("lifted: a start is allowed")
     return 0

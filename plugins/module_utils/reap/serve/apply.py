@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ReapError
+from ..watch.lift import lift
 from .config import ServiceConfig
 from .docker import Docker, DockerDown
 from .failure import Failure
@@ -83,6 +84,10 @@ def apply(config_path: Path, *, check: bool = False) -> Outcome:
     if reasons:
         # A provision is a person's word: what failed or latched before is tried again.
         Generations(Path(wanted.state_dir)).forgive(wanted.generation)
+        watchdog = Path(wanted.run_dir) / "watchdog.json"
+        # A hold without a latch stays: it waits for memory, which no word of a person brings back.
+        if (read_json(watchdog) or {}).get("latched"):
+            lift(watchdog)
         _systemctl("reset-failed", UNIT, may_fail=True)
         loading = unit["ActiveState"] == "activating" and alive(state) and state.get("phase") == "loading"
         attach = loading and _same(wanted, state)
@@ -168,7 +173,8 @@ def _result(wanted: ServiceConfig, msg: str, started_unix: float) -> Outcome:
     if serving and replaced:
         outcome.error = (
             f"generation {replaced['generation']} did not serve: {replaced['reason']}. "
-            f"The previous one, {state['generation']}, serves again on {state['endpoint']}"
+            f"The previous one, {state['generation']}, serves again on {state['endpoint']}; "
+            f"nothing answered for {state['since_unix'] - started_unix:.0f} s"
         )
     else:
         outcome.error = f"generation {wanted.generation} does not serve: {detail}"

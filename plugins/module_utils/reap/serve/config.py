@@ -78,6 +78,8 @@ class ServiceConfig:
     fit: dict[str, Any] | None
     """Input of the memory gate; null starts without asking."""
     timings: Timings = field(default_factory=Timings)
+    evidence_dir: str = "/var/lib/reap/evidence/service"
+    """Where what was seen of a wedged engine is kept."""
 
     @classmethod
     def from_mapping(cls, data: object, where: str) -> ServiceConfig:
@@ -124,7 +126,7 @@ class ServiceConfig:
 
         Times and the memory gate's input are left out: a new drain time is no reason to load a model again.
         """
-        aside = ("timings", "fit", "api_key_required")
+        aside = ("timings", "fit", "api_key_required", "evidence_dir")
         shaping = {key: value for key, value in self.to_mapping().items() if key not in aside}
         text = json.dumps(shaping, sort_keys=True, separators=(",", ":"))
         return f"{self.profile}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -146,9 +148,9 @@ def _value_faults(data: Mapping[str, Any]) -> list[str]:
         ipaddress.ip_address(data["host"])
     except ValueError:
         faults.append(f"host is {data['host']!r}, wanted an IP address such as 127.0.0.1")
-    paths = ("model_dir", "cache_dir", "state_dir", "run_dir", "api_key_file")
+    paths = ("model_dir", "cache_dir", "state_dir", "run_dir", "api_key_file", "evidence_dir")
     for key in paths:
-        if not data[key].startswith("/"):
+        if not data.get(key, "/").startswith("/"):
             faults.append(f"{key} is {data[key]!r}, wanted an absolute path")
     for key in ("environment", "ulimits"):
         wrong = [name for name, value in data[key].items() if not isinstance(value, str)]

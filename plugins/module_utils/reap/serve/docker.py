@@ -7,9 +7,11 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import ReapError
 from .config import CONTAINER_NAME, ServiceConfig
+from .gate import FOLDER, MIDDLEWARE, python_path
 
 LABEL = "reap.generation"
 
@@ -27,12 +29,20 @@ class Container:
     generation: str | None
 
 
-def run_command(config: ServiceConfig, environment_file: Path | None, binary: str = "docker") -> list[str]:
+def run_command(
+    config: ServiceConfig,
+    environment_file: Path | None,
+    gate: Path,
+    image_environment: Sequence[str] = (),
+    binary: str = "docker",
+) -> list[str]:
     """The command line that runs the model in the foreground.
 
     Args:
         config: what to run.
         environment_file: file with the secret variables, for ``--env-file``; its content is on no command line.
+        gate: folder with the middleware that refuses new requests during a stop (:mod:`reap.serve.gate`).
+        image_environment: the image's own ``NAME=value`` pairs.
         binary: the engine's client.
 
     Returns:
@@ -52,13 +62,18 @@ def run_command(config: ServiceConfig, environment_file: Path | None, binary: st
         command += ["--shm-size", config.shm_size]
     for name, value in sorted(config.ulimits.items()):
         command += ["--ulimit", f"{name}={value}"]
-    for name, value in sorted(config.environment.items()):
+    # Not part of the configuration: a generation of an earlier program gets the door too.
+    environment = config.environment | {
+        "PYTHONPATH": python_path(image_environment, config.environment.get("PYTHONPATH"))
+    }
+    for name, value in sorted(environment.items()):
         command += ["--env", f"{name}={value}"]
     if environment_file:
         command += ["--env-file", str(environment_file)]
     command += ["--mount", f"type=bind,source={config.model_dir},target={config.model_dir},readonly"]
     command += ["--mount", f"type=bind,source={config.cache_dir},target={config.cache_dir}"]
-    return [*command, "--entrypoint", config.entrypoint, config.image, *config.arguments]
+    command += ["--mount", f"type=bind,source={gate},target={FOLDER},readonly"]
+    return [*command, "--entrypoint", config.entrypoint, config.image, *config.arguments, "--middleware", MIDDLEWARE]
 
 
 class Docker:
@@ -81,6 +96,21 @@ class Docker:
         if code and "no such" not in error.lower():
             raise DockerDown(f"docker image inspect {reference}: {error}")
         return out or None
+
+    def image_environment(self, reference: str) -> list[str]:
+        """``NAME=value`` pairs that an image on this host sets."""
+        code, out, error = self._ask(["image", "inspect", "--format", "{{json .Config.Env}}", reference], 20)
+        if code:
+            raise DockerDown(f"docker image inspect {reference}: {error}")
+        return list(json.loads(out) or [])
+
+    def state(self, name: str) -> dict[str, Any] | None:
+        """What the engine says of a container's state, or nothing where it knows none or does not answer."""
+        try:
+            code, out, _ = self._ask(["container", "inspect", "--format", "{{json .State}}", name], 20)
+            return dict(json.loads(out)) if code == 0 else None
+        except (DockerDown, ValueError):
+            return None
 
     def find(self, name: str) -> Container | None:
         """The container of that name, running or not."""

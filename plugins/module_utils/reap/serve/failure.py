@@ -13,13 +13,15 @@ class Failure(Exception):
     """Why a start failed or a served model ended.
 
     ``permanent``: another start as configured cannot help. ``blames``: the generation is at fault, so a previous one
-    may do better; a missing engine or short memory is not its fault.
+    may do better; a missing engine or short memory is not its fault. ``latches``: no start is allowed until a person or
+    a provision lifts it.
     """
 
-    def __init__(self, text: str, *, permanent: bool = False, blames: bool = True) -> None:
+    def __init__(self, text: str, *, permanent: bool = False, blames: bool = True, latches: bool = False) -> None:
         super().__init__(text)
         self.permanent = permanent
         self.blames = blames
+        self.latches = latches
 
 
 class Stopped(Exception):

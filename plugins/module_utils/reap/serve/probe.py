@@ -72,8 +72,18 @@ class Endpoint:
 
     def activity(self, timeout_s: float = 5.0) -> Activity | None:
         """What /metrics says, or nothing when it does not answer."""
+        return parse_metrics(self.metrics(timeout_s))
+
+    def metrics(self, timeout_s: float = 5.0) -> str:
+        """The text of /metrics; empty when it does not answer."""
         status, body = self._ask("/metrics", None, timeout_s)
-        return parse_metrics(body) if status == 200 else None
+        return body if status == 200 else ""
+
+    def requests_inside(self, timeout_s: float = 2.0) -> int | None:
+        """How many requests the server still answers, from its refusal of this one; nothing where it refuses none."""
+        status, body = self._ask("/v1/models", None, timeout_s)
+        inside = _json(body).get("requests_inside") if status == 503 else None
+        return inside if isinstance(inside, int) else None
 
     def fault(self, model: str, timeout_s: float) -> str | None:
         """Ask the model for a few tokens.

@@ -84,6 +84,11 @@ class ServiceState:
     def __getitem__(self, key: str) -> Any:
         return self._content[key]
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """All keys, as the file has them."""
+        return dict(self._content)
+
     def publish(self, **changes: Any) -> None:
         """Set keys and write the file where that changes something."""
         unknown = changes.keys() - self._content.keys()

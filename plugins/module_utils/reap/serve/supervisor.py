@@ -21,15 +21,16 @@ from typing import Any
 # the model is being served, and an import from a replaced archive fails.
 from ..errors import ReapError
 from ..memory import start_gate
-from . import cgroups, shm
+from . import cgroups, evidence, shm
 from .cleanup import clean_up
 from .config import CONTAINER_NAME, ServiceConfig, Timings
 from .docker import Docker, DockerDown, run_command
 from .failure import Failure, Restarts, Stopped
+from .gate import Gate
 from .generations import Generations
 from .host import drop_page_cache, key_mtime_ns, mem_available_kb, port_taken, require_parts
 from .notify import Notifier
-from .probe import Endpoint
+from .probe import Endpoint, parse_metrics
 from .progress import LoadProgress
 from .state import ServiceState, read_json, write_json, write_text
 
@@ -64,6 +65,7 @@ class Supervisor:
         self._tick_s = tick_s
         self._automatic = _automatic_restart() if automatic_restart is None else automatic_restart
         self._stop_asked = threading.Event()
+        self._stop_signals = 0
         self._wanted = ServiceConfig.read(config_path)
         run_dir = Path(self._wanted.run_dir)
         self._run_dir = run_dir
@@ -73,10 +75,11 @@ class Supervisor:
         self._generations = Generations(Path(self._wanted.state_dir))
         self._client: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
-        self._tail: deque[str] = deque(maxlen=40)
+        self._tail: deque[str] = deque(maxlen=200)
         self._load = LoadProgress()
         self._segments: set[str] = set()
-        self._kills_before = 0
+        self._watchdog_before: dict[str, Any] = {}
+        self._gate = Gate(run_dir / "gate")
 
     def run(self) -> int:
         """Serve until asked to stop or until serving fails; returns the exit status."""
@@ -88,7 +91,7 @@ class Supervisor:
                 self._restarts.clear()
             failures = self._restarts.recent(timings.restart_window_s)
             if len(failures) >= timings.restart_limit:
-                return self._latch(failures[-1]["reason"], len(failures))
+                return self._latch(*_too_many(failures[-1]["reason"], len(failures)))
             self._pause(timings.backoff(len(failures)), f"restart {len(failures)} of {timings.restart_limit - 1}")
             self._serve_one_of_them()
         except Stopped:
@@ -140,6 +143,15 @@ class Supervisor:
         """Load one configuration and serve it; ends by Stopped or Failure only."""
         try:
             self._load_and_watch(config, replaced)
+        except Stopped:
+            self._tear_down()
+            shed = self._shed()
+            # A second signal is systemd's or a person's: they want it stopped.
+            if shed is None or self._stop_signals > 1:
+                raise
+            self._stop_signals = 0
+            self._stop_asked.clear()
+            raise Failure(shed) from None
         except DockerDown as down:
             raise Failure(str(down), blames=False) from down
         except ReapError as error:
@@ -211,8 +223,10 @@ class Supervisor:
         """Wait for memory that a killed model still holds, then ask whether the profile fits."""
         deadline = time.monotonic() + config.timings.memory_wait_s
         while True:
-            watchdog = read_json(self._run_dir / "watchdog.json") or {}
-            self._kills_before = int(watchdog.get("kills") or 0)
+            self._watchdog_before = watchdog = read_json(self._run_dir / "watchdog.json") or {}
+            if watchdog.get("latched"):
+                why = (watchdog.get("last_event") or {}).get("reason", "its budget of stops is spent")
+                raise Failure(f"the memory watchdog allows no start: {why}", blames=False, latches=True)
             hold = watchdog.get("hold_until_available_kb")
             available = mem_available_kb()
             refusal, ledger = None, None
@@ -239,12 +253,17 @@ class Supervisor:
         if key:
             environment_file = self._run_dir / "model.env"
             write_text(environment_file, f"VLLM_API_KEY={key}\n", 0o600)
+        self._gate.open()
+        image_environment = self._docker.image_environment(config.image)
         self._tail.clear()
         self._load = LoadProgress()
         self._segments = set()
         self._state.publish(phase="loading", detail="starting the container", progress=self._load.to_mapping())
+        command = run_command(config, environment_file, self._gate.folder, image_environment, self._docker.binary)
         self._client = subprocess.Popen(
-            run_command(config, environment_file, self._docker.binary),
+            # Dies with this process, so that nothing but the container is left of a killed one: on cgroup v1 systemd
+            # waits for a whole stop timeout for any other process to be gone.
+            ["setpriv", "--pdeathsig", "KILL", *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -348,6 +367,7 @@ class Supervisor:
         moved = waiting_since = time.monotonic()
         looked = 0.0
         asking: threading.Thread | None = None
+        samples: deque[dict[str, Any]] = deque(maxlen=200)
         while True:
             self._raise_if_over()
             now = time.monotonic()
@@ -355,7 +375,9 @@ class Supervisor:
             if stall_s and now - looked >= min(10.0, stall_s / 4):
                 looked = now
                 self._note_segments()
-                activity = endpoint.activity()
+                metrics = endpoint.metrics()
+                activity = parse_metrics(metrics)
+                samples.append({"unix": round(time.time(), 3), **(vars(activity) if activity else {})})
                 if activity is not None and activity.position != position:
                     position, moved = activity.position, now
                 # A server that lives and does not even give its metrics is wedged like one that stands still.
@@ -370,8 +392,25 @@ class Supervisor:
                 elif now - max(moved, waiting_since) > stall_s:
                     what = "/metrics does not answer" if activity is None else "a request waits"
                     idle_s = now - max(moved, waiting_since)
-                    raise Failure(f"wedged: {what} and nothing moved for {idle_s:.0f} s", blames=False)
+                    reason = f"wedged: {what} and nothing moved for {idle_s:.0f} s"
+                    raise Failure(reason + self._keep_evidence(config, reason, samples, metrics), blames=False)
             self._stop_asked.wait(self._tick_s)
+
+    def _keep_evidence(self, config: ServiceConfig, reason: str, samples: deque[dict[str, Any]], metrics: str) -> str:
+        """Save what is seen of a wedged engine; returns where, as the end of a sentence."""
+        bundle = evidence.collect(
+            reason=reason,
+            state=self._state.content,
+            samples=samples,
+            metrics=metrics,
+            container_state=self._docker.state(CONTAINER_NAME),
+            log=list(self._tail),
+            pids=cgroups.processes(self._state["cgroup"]),
+        )
+        try:
+            return f"; evidence: {evidence.save(Path(config.evidence_dir), bundle)}"
+        except OSError as error:
+            return f"; no evidence kept: {error}"
 
     def _note_segments(self) -> None:
         found = self._segments | shm.mapped(cgroups.processes(self._state["cgroup"]))
@@ -413,14 +452,20 @@ class Supervisor:
         self._state.publish(phase="absent", container_id=None, container_pid=None, cgroup=cgroups.NOWHERE)
 
     def _drain(self, drain_s: float) -> None:
-        """Let running requests go on for their time."""
+        """Refuse new requests and let running ones go on for their time; after a shed there is none."""
+        self._gate.shut()
         endpoint = Endpoint(self._state["endpoint"])
         deadline = time.monotonic() + drain_s
         while (left := deadline - time.monotonic()) > 0:
-            activity = endpoint.activity(2.0)
-            if activity is None or not activity.busy or (self._client and self._client.poll() is not None):
+            inside = endpoint.requests_inside()
+            refused = "" if inside is None else ", new ones are refused"
+            if inside is None:
+                # No answer from the door; the engine's own count misses what has not reached it or not left the server.
+                activity = endpoint.activity(2.0)
+                inside = activity.running + activity.waiting if activity else 0
+            if not inside or self._shed() or (self._client and self._client.poll() is not None):
                 return
-            text = f"stopping: {activity.running + activity.waiting} requests have {left:.0f} s left"
+            text = f"stopping: {inside} requests have {left:.0f} s left{refused}"
             self._state.publish(detail=text)
             self._notifier.status(text)
             self._notifier.extend(PATIENCE_S)
@@ -431,10 +476,14 @@ class Supervisor:
         reason = " ".join(str(failure).split())
         timings = self._timings()
         self._report_load("failed", reason)
+        if failure.latches:
+            return self._latch(
+                f"because {reason}", f"playbooks/start.yml, or: reap watch --lift; systemctl start {UNIT}"
+            )
         if not failure.permanent:
             count = self._restarts.add(reason, timings.restart_window_s)
             if count >= timings.restart_limit:
-                return self._latch(reason, count)
+                return self._latch(*_too_many(reason, count))
             text, status = f"failed ({count} of {timings.restart_limit}): {reason}", FAILED
         else:
             text, status = f"cannot start: {reason}", WRONG
@@ -443,8 +492,8 @@ class Supervisor:
         self._state.publish(phase="absent", detail=text, progress=None)
         return status
 
-    def _latch(self, reason: str, count: int) -> int:
-        text = f"latched after {count} failures, the last: {reason}. Lift with: systemctl start {UNIT}"
+    def _latch(self, why: str, remedy: str) -> int:
+        text = f"latched {why}. Lift with: {remedy}"
         self._say(text, error=True)
         self._tear_down()
         self._state.publish(phase="absent", detail=text, progress=None)
@@ -453,6 +502,7 @@ class Supervisor:
     # ---- waiting -------------------------------------------------------------------------------------------------
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self._stop_signals += 1
         self._stop_asked.set()
 
     def _wait(self, status: str, seconds: float | None = None) -> None:
@@ -479,10 +529,9 @@ class Supervisor:
 
     def _ending(self, status: int) -> str:
         """Why the container ended, as far as anybody knows."""
-        watchdog = read_json(self._run_dir / "watchdog.json") or {}
-        if int(watchdog.get("kills") or 0) > self._kills_before:
-            event = watchdog.get("last_event") or {}
-            return f"the memory watchdog stopped the model: {event.get('detail') or event.get('reason') or event}"
+        killed = self._watchdog_did("kills")
+        if killed is not None:
+            return f"the memory watchdog stopped the model: {killed}"
         doing = "serving" if self._state["phase"] == "serving" else self._load.text()
         # The reader may be a moment behind the client's end.
         end = time.monotonic() + 1
@@ -493,6 +542,19 @@ class Supervisor:
         signalled = status - 128 if status > 128 else -status
         how = f"was killed by signal {signalled}" if signalled > 0 else f"ended with exit status {status}"
         return f"the container {how} while {doing}: {told}"
+
+    def _shed(self) -> str | None:
+        """Why the watchdog asked for this stop, or nothing where it did not. It writes that just after its signal."""
+        shed = self._watchdog_did("sheds")
+        return None if shed is None else f"the memory watchdog asked for a stop: {shed}"
+
+    def _watchdog_did(self, counter: str) -> str | None:
+        """The reason of the watchdog's last event, where a counter of its grew since this load began."""
+        watchdog = read_json(self._run_dir / "watchdog.json") or {}
+        if int(watchdog.get(counter) or 0) <= int(self._watchdog_before.get(counter) or 0):
+            return None
+        event = watchdog.get("last_event") or {}
+        return str(event.get("reason") or event)
 
     def _timings(self) -> Timings:
         """Times as the file has them now: they may have changed without a new generation."""
@@ -505,6 +567,11 @@ class Supervisor:
         """One line for the journal and for ``systemctl status``."""
         print(f"reap serve: {text}", file=sys.stderr if error else sys.stdout, flush=True)
         self._notifier.status(text)
+
+
+def _too_many(reason: str, count: int) -> tuple[str, str]:
+    """Why the service latches after so many failures, and what lifts that."""
+    return f"after {count} failures, the last: {reason}", f"systemctl start {UNIT}"
 
 
 def _automatic_restart() -> bool:
