@@ -8,86 +8,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from testinfra.host import Host
 
+from tests.support.service_host import CONFIG, HEADERS, REQUEST, URL, Service, await_true, long_request
+
 ROOT = Path(__file__).resolve().parents[3]
 NAME = "reap-service"
 KEY = "only-of-this-scenario"
-CONFIG = "/etc/reap/service.json"
-AWAIT_S = 400.0
-# sudo logs what the tests run: the key itself must not be in it.
-HEADERS = """-H 'Content-Type: application/json' -H "Authorization: Bearer $(cat /etc/reap/api-key)\""""
-URL = "http://127.0.0.1:8000/v1/chat/completions"
-REQUEST = json.dumps({"model": "Needle-Sim", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8})
-
-
-class Service:
-    """The host and its service."""
-
-    def __init__(self, host: Host) -> None:
-        self._host = host
-
-    def run(self, command: str, good: tuple[int, ...] = (0,)) -> str:
-        done = self._host.run(command)
-        assert done.rc in good, f"{command}: {done.rc}\n{done.stdout}\n{done.stderr}"
-        return str(done.stdout)
-
-    def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.run("/opt/reap/bin/reap status --json", good=(0, 1)))
-        return found
-
-    def state(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.run("cat /run/reap/service.json"))
-        return found
-
-    def show(self, name: str) -> str:
-        return self.run(f"systemctl show -p {name} --value reap.service").strip()
-
-    def answers(self) -> bool:
-        done = self._host.run(f"curl -sf -m 60 {HEADERS} -d '{REQUEST}' {URL}")
-        return done.rc == 0 and json.loads(done.stdout)["usage"]["completion_tokens"] > 0
-
-    def await_serving(self, not_container: str | None = None) -> None:
-        def serves() -> bool:
-            state = self.state()
-            return state["phase"] == "serving" and state["container_id"] != not_container
-
-        await_true(serves, "a served model", self.story)
-        assert self.answers()
-
-    def story(self) -> str:
-        return self.run(
-            "systemctl status reap.service --no-pager -l | head -12; journalctl -u reap -o cat -n 20", (0, 3)
-        )
-
-    def apply(self, good: tuple[int, ...] = (0,)) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(
-            self.run(f"/opt/reap/bin/reap serve --config {CONFIG} --apply 2>/dev/null", good).splitlines()[-1]
-        )
-        return found
-
-    def edit(self, change: str) -> None:
-        """Change the service's file by a Python statement on `c`."""
-        script = f"import json; p='{CONFIG}'; c=json.load(open(p)); {change}; json.dump(c, open(p, 'w'))"
-        self.run(f'python3 -c "{script}"')
-
-    def nothing_is_left(self) -> None:
-        assert self.run("docker ps -aq") == ""
-        assert self.run("ls /dev/shm | grep psm_", good=(0, 1)) == ""
-        assert self.run("pgrep -f '[V]LLM|[v]llm serve'", good=(0, 1)) == ""
-
-
-def await_true(condition: Callable[[], object], what: str, story: Callable[[], str] = str) -> None:
-    end = time.monotonic() + AWAIT_S
-    while not condition():
-        assert time.monotonic() < end, f"waited {AWAIT_S:.0f} s for: {what}\n{story()}"
-        time.sleep(0.5)
+PROXY = "https://localhost:8443"
+TRUST = "--cacert /etc/reap/proxy/certificate.pem"
 
 
 @pytest.fixture
@@ -117,6 +49,8 @@ def test_the_key_is_asked_for_and_told_nowhere(service: Service, host: Host) -> 
         "grep -rlF -f /etc/reap/api-key /etc /run/reap /var/lib/reap /opt/reap --exclude-dir=cache", good=(0, 1)
     )
     assert held.split() == ["/etc/reap/api-key"]
+    # The proxy has it in hex.
+    assert host.file("/etc/reap/proxy/key.conf").mode == 0o600
 
 
 def test_it_is_bound_to_loopback_alone(service: Service) -> None:
@@ -124,12 +58,41 @@ def test_it_is_bound_to_loopback_alone(service: Service) -> None:
     assert listening[3] == "127.0.0.1:8000"
 
 
-def test_a_killed_container_comes_back_by_itself(service: Service) -> None:
-    before = service.state()["container_id"]
-    service.run("docker kill reap-model")
-    service.await_serving(not_container=before)
-    assert service.show("NRestarts") == "1"
-    assert "was killed by signal 9 while serving" in service.run("journalctl -u reap -o cat")
+@pytest.mark.parametrize(
+    "path", ["/health", "/metrics", "/version", "/tokenize", "/docs", "/openapi.json", "/v1/models", "/no/such/path"]
+)
+def test_the_proxy_asks_for_the_key_on_every_path(service: Service, path: str) -> None:
+    ask = f"curl -s -o /dev/null -w '%{{http_code}}' {TRUST}"
+    assert service.run(f"{ask} {PROXY}{path}") == "401"
+    assert service.run(f"{ask} -X POST -d '{{}}' {PROXY}{path}") == "401"
+    for wrong in (KEY.upper(), KEY + "x", KEY[:-1]):
+        assert service.run(f"{ask} -H 'Authorization: Bearer {wrong}' {PROXY}{path}") == "401"
+    unknown = path.startswith(("/no", "/tok"))
+    assert service.run(f"{ask} {HEADERS} {PROXY}{path}") in (("404", "405") if unknown else ("200",))
+
+
+def test_a_streamed_answer_passes_the_proxy_token_by_token(service: Service) -> None:
+    """While the model still writes, its first tokens are with the client."""
+    file = "/tmp/stream"
+    ask = f"curl -sN {TRUST} {HEADERS} -d @/tmp/request {PROXY}/v1/chat/completions > {file}"
+    service.run(
+        f"rm -f {file}; cat > /tmp/request <<'EOF'\n{long_request(30000)}\nEOF\ncat > /tmp/ask <<'EOF'\n{ask}\nEOF"
+    )
+    service.run("systemd-run --unit=streamer sh /tmp/ask")
+    await_true(lambda: int(service.run(f"grep -c ^data: {file}", good=(0, 1, 2)) or 0) > 5, "the first tokens")
+    busy = "curl -s http://127.0.0.1:8000/metrics | grep -E '^vllm:num_requests_running.* [1-9]'"
+    assert service.run(busy)
+    seen = int(service.run(f"grep -c ^data: {file}"))
+    await_true(lambda: int(service.run(f"grep -c ^data: {file}")) > seen, "more tokens")
+    # The client goes, and the model's server learns of it through the proxy.
+    service.run("systemctl stop streamer")
+    await_true(lambda: not service.run(busy, good=(0, 1)), "the end of the request")
+
+
+def test_the_network_reaches_the_proxy_and_nothing_else(service: Service) -> None:
+    listening = {line.split()[3] for line in service.run("ss -Hltnp | grep -E 'nginx|:8000'").splitlines()}
+    assert listening == {"0.0.0.0:8443", "127.0.0.1:8000"}
+    assert service.run("systemctl is-enabled nginx.service", good=(1,)).strip() == "disabled"
 
 
 def test_a_killed_supervisor_leaves_no_orphan_and_comes_back(service: Service) -> None:
@@ -162,9 +125,7 @@ def test_a_taken_port_leaves_what_serves(service: Service) -> None:
 
 def test_a_stop_with_a_client_that_never_reads_ends_and_leaves_nothing(service: Service) -> None:
     """Ends with the service stopped: the next test starts it."""
-    request = {"model": "Needle-Sim", "messages": [{"role": "user", "content": "go on"}], "max_tokens": 30000}
-    # vLLM's own extension: the checkpoint would end its answer at once.
-    body = json.dumps(request | {"stream": True, "ignore_eos": True})
+    body = long_request(30000)
     head = "POST /v1/chat/completions HTTP/1.1\\r\\nHost: x\\r\\nContent-Type: application/json\\r\\n"
     head += f"Content-Length: {len(body)}\\r\\nAuthorization: Bearer "
     client = f"""
@@ -231,3 +192,36 @@ def test_it_serves_again_after_a_reboot_in_the_middle_of_a_load(service: Service
     await_true(lambda: service.run("cat /run/reap/service.json", good=(0, 1)), "the service after the boot")
     service.await_serving()
     assert service.show("ActiveState") == "active"
+
+
+def playbook(*arguments: str) -> str:
+    """What a playbook says on this host, on one line that begins with "passed" or "failed"."""
+    inventories = ["-i", "molecule/shared/inventory", "-i", "molecule/reap_service/inventory"]
+    command = [".venv/bin/ansible-playbook", *inventories, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return " ".join(("failed" if done.returncode else "passed", *(done.stdout + done.stderr).split()))
+
+
+def test_a_wider_address_is_refused_and_the_proxy_is_named(service: Service) -> None:
+    before = service.state()["container_id"]
+    wider = ("-e", "reap_service_bind_address=0.0.0.0", "--tags", "reap_service")
+    said = playbook("molecule/reap_service/converge.yml", *wider)
+    assert said.startswith("failed")
+    assert "wanted a loopback address" in said
+    assert "reap_service_proxy: true" in said
+    assert service.state()["container_id"] == before
+
+
+def test_the_proxy_without_a_certificate_is_refused(service: Service) -> None:
+    said = playbook(
+        "molecule/reap_service/converge.yml", "-e", "reap_service_proxy_tls=given", "--tags", "reap_service"
+    )
+    assert said.startswith("failed")
+    assert "name both files on the host, or choose self_made" in said
+
+
+def test_a_teardown_leaves_neither_service_nor_proxy(service: Service) -> None:
+    assert playbook("playbooks/teardown.yml").startswith("passed")
+    service.nothing_is_left()
+    assert service.run("pgrep -a nginx; ss -Hltn sport = :8443", good=(0, 1)) == ""
+    assert service.run("ls -d /etc/systemd/system/reap* /etc/reap", good=(0, 2)) == ""
