@@ -103,6 +103,14 @@ gpu-proof-fetch: $(VENV)/.controller ## Fetch the published kernel library for g
 gpu-proof: ## The router patch against vLLM's compiled kernel; PYTHON must have a torch that sees a GPU
 	$(PYTHON) -m tests.gpu.router_kernel run --out artifacts/gpu-proof
 
+.PHONY: gpu-proof-full-fetch
+gpu-proof-full-fetch: $(VENV)/.controller ## Fetch vLLM 0.22.0 and what it needs for gpu-proof-full (1 GB)
+	$(BIN)/python -m tests.gpu.full_server fetch
+
+.PHONY: gpu-proof-full
+gpu-proof-full: ## A whole vLLM with K144's geometry on a GPU of 120 GB; PYTHON as in gpu-proof
+	$(PYTHON) -m tests.gpu.full_server run --out artifacts/gpu-proof-full
+
 # --- upkeep -----------------------------------------------------------------------------------------------------
 
 .PHONY: docs
