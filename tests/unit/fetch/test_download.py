@@ -20,6 +20,7 @@ import pytest
 from reap.errors import ReapError
 from reap.fetch import manifest
 from reap.fetch import store as store_module
+from reap.fetch.plan import Want
 from reap.fetch.state import inspect
 from sim.hub import sample
 from sim.hub.server import Hub
@@ -86,6 +87,21 @@ def test_a_cut_connection_is_continued_where_it_was(site: Site, tmp_path: Path) 
     # What was written is not fetched again; at most the piece in memory is.
     assert offsets[1] >= (5 << 20) - (1 << 20)
     assert site.is_whole()
+
+
+def test_a_begun_file_that_a_power_cut_left_with_zeros_costs_that_file_alone(site: Site) -> None:
+    """A filesystem may have the length on disk and not yet the data. The damage is made here; no power was cut."""
+    name = SECOND.removeprefix("*/")
+    whole = (site.source / name).read_bytes()
+    partial = store_module.Partial(site.dest)
+    partial.open()
+    want = Want(name, len(whole), hashlib.sha256(whole).hexdigest())
+    partial.part(want).write_bytes(whole[:100_000] + bytes(50_000))
+    site.fetch()
+    assert site.is_whole()
+    got = [(Path(line["path"]).name, line["offset"]) for line in site.got()]
+    assert [offset for name_, offset in got if name_ == name] == [150_000, 0]
+    assert len(got) == 1 + len(contents(site.source))
 
 
 def test_a_pause_that_the_hub_asks_for_is_no_stall(site: Site) -> None:
