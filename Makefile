@@ -15,7 +15,7 @@ export LC_ALL := C.UTF-8
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Molecule scenarios in the order of a run; `default` is the whole recipe.
-SCENARIOS ?= spark_host runtime_image model_fetch model_fleet vllm_patches watchdog reap_service verify default
+SCENARIOS ?= spark_host runtime_image model_fetch model_fleet vllm_patches watchdog reap_service verify fleet default
 
 .PHONY: help
 help: ## This list
