@@ -58,6 +58,11 @@ demo: $(VENV)/.controller ## The main job against a simulated Spark on this mach
 demo-negative: $(VENV)/.controller ## The same with a model that cannot retrieve: verification must fail
 	@$(BIN)/python -m sim.demo --host spark-negative --model sim/no-needle --expect-failure
 
+.PHONY: verify-long
+verify-long: $(VENV)/.controller ## The whole verification of the demo's Spark up to 30,000 tokens, with a heat map: 10 to 20 minutes
+	$(BIN)/ansible-playbook -i inventories/sim -l spark-sim playbooks/bench.yml -e verify_suite=grid \
+	  -e '{"verify_needle_tokens": 30000, "verify_lengths": [8000, 16000, 30000]}'
+
 .PHONY: demo-down
 demo-down: ## Remove every container, volume, process and network of the simulated Spark
 	@if [ -e .cache/sim ]; then $(PYTHON) -m sim down --all; fi

@@ -252,9 +252,10 @@ def _lengths(report: Report) -> str:
                 spine.set_visible(False)
 
         good = sum(item["found"] for item in grid)
-        caption = (
-            f"{good} of {len(grid)} needles found (✓), the others lost (✗). Depth 0 % is the beginning of the prompt."
-        )
+        found = "All" if good == len(grid) else f"{good} of {len(grid)}"
+        caption = f"{found} needles found (✓)"
+        caption += "." if good == len(grid) else ", the others lost (✗)."
+        caption += " Depth 0 % is the beginning of the prompt."
         parts.append("<h2>Depth and length</h2>" + drawing("grid", "Heat map of needles", caption, draw_grid, 3.4))
     return "".join(parts)
 
@@ -299,7 +300,7 @@ def _tasks(report: Report) -> str:
             f"{escape(c['name'])}</td><td>{escape(c['found'])}</td><td>{escape(c['wanted'])}</td></tr>"
             for c in task["checks"]
         )
-        said = "" if task["expected"] else " (not expected)"
+        said = "" if task["expected"] else " (beyond this profile's model)"
         note = f"<p>{escape(task['note'])}</p>" if task["note"] else ""
         exchanges = "".join(_exchange(item) for item in task["exchanges"])
         rows.append(

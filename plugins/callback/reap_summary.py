@@ -80,7 +80,8 @@ class CallbackModule(CallbackBase):
     def v2_runner_on_failed(self, result: Any, ignore_errors: bool = False) -> None:
         if not ignore_errors:
             where = result._task.get_name() if hasattr(result, "_task") else ""
-            self._failures.setdefault(result._host.get_name(), f"{where}: {first_message(result._result)}")
+            # The last one counts: an earlier one was rescued.
+            self._failures[result._host.get_name()] = f"{where}: {first_message(result._result)}"
 
     def v2_runner_on_unreachable(self, result: Any) -> None:
         self._failures.setdefault(

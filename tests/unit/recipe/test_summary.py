@@ -37,6 +37,27 @@ PLAYS = """
         that: inventory_hostname != serve_fails | default('')
       tags: serve
 """
+RESCUED = """
+- name: Verify
+  hosts: all
+  gather_facts: false
+  tasks:
+    - name: The page of all hosts is named
+      ansible.builtin.set_stats:
+        data:
+          reap_pages: artifacts/index.html
+        aggregate: false
+    - name: Way back
+      when: inventory_hostname == 'a'
+      block:
+        - name: A way back
+          ansible.builtin.fail:
+            msg: no way back
+      rescue:
+        - name: The verification passed
+          ansible.builtin.fail:
+            msg: it failed, and there was no way back
+"""
 
 
 @pytest.mark.parametrize(
@@ -58,16 +79,16 @@ def test_a_long_message_is_cut() -> None:
     assert len(PLUGIN.first_message({"msg": "x" * 1000})) == PLUGIN.SHOWN_CHARACTERS
 
 
-def summary(folder: Path, *arguments: str) -> tuple[int, dict[str, str]]:
-    """Exit status of a run, and what its last lines say by host."""
-    (folder / "play.yml").write_text(PLAYS, encoding="utf-8")
+def summary(folder: Path, *arguments: str, plays: str = PLAYS) -> tuple[int, dict[str, str]]:
+    """Exit status of a run, and what its last lines say by host; under `all` what they say of all hosts."""
+    (folder / "play.yml").write_text(plays, encoding="utf-8")
     (folder / "hosts").write_text("".join(f"{name} ansible_connection=local\n" for name in "abc"), encoding="utf-8")
     program = str(Path(sys.executable).parent / "ansible-playbook")
     environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
     environment |= {"LC_ALL": "C.UTF-8"}
     command = [program, "-i", str(folder / "hosts"), str(folder / "play.yml"), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    lines = done.stdout[done.stdout.index("HOSTS **") :].splitlines()[1:4]
+    lines = done.stdout[done.stdout.index("HOSTS **") :].splitlines()[1:-1]
     return done.returncode, {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
 
 
@@ -92,3 +113,11 @@ def test_hosts_behind_a_batch_that_failed_are_not_called_good(tmp_path: Path) ->
     assert lines["a"] == "ok changed=0"
     assert lines["b"].startswith("FAILED changed=0 A restart: ")
     assert lines["c"].startswith("HELD changed=0 Serve was not begun: every host of the batch before failed")
+
+
+def test_the_failure_that_ended_it_is_told_and_not_one_that_was_rescued(tmp_path: Path) -> None:
+    status, lines = summary(tmp_path, plays=RESCUED)
+    assert status != 0
+    assert lines["a"] == "FAILED changed=0 The verification passed: it failed, and there was no way back"
+    assert lines["b"] == "ok changed=0"
+    assert lines["all"] == "hosts: artifacts/index.html"
