@@ -74,8 +74,9 @@ def test_the_hub_gave_each_file_once() -> None:
 def test_the_copies_form_a_tree_over_the_private_addresses() -> None:
     found = sources()
     first = [name for name, source in found.items() if source == "hub"]
-    assert first == [NAMES[0]]
-    # Two rounds: the first gives one copy and then another, and whoever got that one gives the third.
+    # The one that model_fetch_seeds names.
+    assert first == [NAMES[1]]
+    # Two rounds: that one gives one copy and then another, and whoever got the first gives the third.
     given = Counter(source for name, source in found.items() if name not in first)
     assert given[first[0]] == 2
     assert sorted(given.values()) == [1, 2]

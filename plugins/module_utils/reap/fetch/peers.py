@@ -219,11 +219,13 @@ class Peers:
                     self._bad[address] = self._bad.get(address, 0) + 1
                     self._warn(f"{address}: {problem}")
             hope = any(state in ("ready", "busy", "filling") for state in states.values())
+            waited = time.monotonic() - began
             # Where every peer has failed for good there is nobody to wait for.
-            if not hope and (not states or time.monotonic() - began >= self.access.wait_s):
+            if not hope and (not states or waited >= self.access.wait_s):
                 return None
             self._note(f"waiting for a peer: {', '.join(f'{a} {s}' for a, s in sorted(states.items())) or 'none left'}")
-            time.sleep(random.uniform(0.5, 1.5))
+            # Each look is a login on every other host: seldom where it has taken minutes already.
+            time.sleep(random.uniform(0.5, 1.5) * min(10.0, 1 + waited / 60))
 
     def _copy(
         self,
