@@ -23,7 +23,7 @@ requirements:
 
 # What a failed result may carry, the most telling first.
 MESSAGE_KEYS = ("msg", "stderr", "stdout", "exception")
-SHOWN_CHARACTERS = 300
+SHOWN_CHARACTERS = 400
 REFUSED = "failed to validate"
 
 
