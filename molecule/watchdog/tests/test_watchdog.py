@@ -103,13 +103,14 @@ class Spark:
 
 
 @pytest.fixture(scope="module")
-def engine(host: Host) -> Spark:
+def engine(host: Host) -> Iterator[Spark]:
     spark = Spark(host)
     spark.run("command -v docker || apt-get install -y --no-install-recommends docker.io iptables", good=(0,))
     spark.run("systemctl start docker")
     spark.run(IMAGE)
     spark.run("cp -p /etc/reap/watchdog.toml /srv/watchdog.toml")
-    return spark
+    yield spark
+    spark.run("cp -p /srv/watchdog.toml /etc/reap/watchdog.toml; systemctl restart reap-watchdog")
 
 
 @pytest.fixture
