@@ -94,6 +94,10 @@ unit: $(VENV)/.dev ## Unit tests
 molecule: $(VENV)/.dev ## Molecule scenarios: SCENARIOS="spark_host verify" for some of them
 	@export PATH="$(CURDIR)/$(BIN):$$PATH"; for scenario in $(SCENARIOS); do molecule test -s $$scenario || exit 1; done
 
+.PHONY: test-faults
+test-faults: $(VENV)/.dev ## Faults of the service on a simulated Spark with the real vLLM: killed processes, wedges, sheds
+	@export PATH="$(CURDIR)/$(BIN):$$PATH"; molecule test -s service_faults
+
 .PHONY: test-releases
 test-releases: $(VENV)/.dev ## Patches against every published vLLM from 0.20.0 to 0.33.0 and FlashInfer
 	$(BIN)/pytest -q tests/releases

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from testinfra.host import Host
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "/etc/reap/service.json"
 AWAIT_S = 400.0
 # sudo logs what the tests run: the key itself must not be in it.
@@ -85,3 +89,14 @@ def await_true(condition: Callable[[], object], what: str, story: Callable[[], s
     while not condition():
         assert time.monotonic() < end, f"waited {AWAIT_S:.0f} s for: {what}\n{story()}"
         time.sleep(0.5)
+
+
+def playbook(scenario: str, *arguments: str) -> str:
+    """What a playbook says on a scenario's hosts, on one line that begins with "passed" or "failed"."""
+    unwanted = ("ANSIBLE_", "MOLECULE_", "FORCE_COLOR", "PY_COLORS")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
+    environment |= {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1", "LC_ALL": "C.UTF-8"}
+    inventories = ["-i", "molecule/shared/inventory", "-i", f"molecule/{scenario}/inventory"]
+    command = [".venv/bin/ansible-playbook", *inventories, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return " ".join(("failed" if done.returncode else "passed", *(done.stdout + done.stderr).split()))

@@ -8,15 +8,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from testinfra.host import Host
 
-from tests.support.service_host import CONFIG, HEADERS, REQUEST, URL, Service, await_true, long_request
+from tests.support.service_host import CONFIG, HEADERS, REQUEST, ROOT, URL, Service, await_true, long_request, playbook
 
-ROOT = Path(__file__).resolve().parents[3]
 NAME = "reap-service"
+SCENARIO = "reap_service"
 KEY = "only-of-this-scenario"
 PROXY = "https://localhost:8443"
 TRUST = "--cacert /etc/reap/proxy/certificate.pem"
@@ -194,18 +193,10 @@ def test_it_serves_again_after_a_reboot_in_the_middle_of_a_load(service: Service
     assert service.show("ActiveState") == "active"
 
 
-def playbook(*arguments: str) -> str:
-    """What a playbook says on this host, on one line that begins with "passed" or "failed"."""
-    inventories = ["-i", "molecule/shared/inventory", "-i", "molecule/reap_service/inventory"]
-    command = [".venv/bin/ansible-playbook", *inventories, *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return " ".join(("failed" if done.returncode else "passed", *(done.stdout + done.stderr).split()))
-
-
 def test_a_wider_address_is_refused_and_the_proxy_is_named(service: Service) -> None:
     before = service.state()["container_id"]
     wider = ("-e", "reap_service_bind_address=0.0.0.0", "--tags", "reap_service")
-    said = playbook("molecule/reap_service/converge.yml", *wider)
+    said = playbook(SCENARIO, "molecule/reap_service/converge.yml", *wider)
     assert said.startswith("failed")
     assert "wanted a loopback address" in said
     assert "reap_service_proxy: true" in said
@@ -221,7 +212,7 @@ def test_the_proxy_without_a_certificate_is_refused(service: Service) -> None:
 
 
 def test_a_teardown_leaves_neither_service_nor_proxy(service: Service) -> None:
-    assert playbook("playbooks/teardown.yml").startswith("passed")
+    assert playbook(SCENARIO, "playbooks/teardown.yml").startswith("passed")
     service.nothing_is_left()
     assert service.run("pgrep -a nginx; ss -Hltn sport = :8443", good=(0, 1)) == ""
     assert service.run("ls -d /etc/systemd/system/reap* /etc/reap", good=(0, 2)) == ""
