@@ -67,9 +67,7 @@ LEFT_OUT = (
     "include",
     "share",
 )
-PROVIDED = (
-    "torch torchvision torchaudio triton transformers tokenizers numpy numba aiohttp protobuf opencv-python-headless"
-)
+PROVIDED = "torch, torchvision, torchaudio, triton, transformers, numpy, numba, aiohttp, protobuf, nvidia-ml-py"
 
 # The rest of DeepSeek V4 Flash's published config.json; memory does not depend on it.
 REST_OF_CONFIG: dict[str, Any] = {

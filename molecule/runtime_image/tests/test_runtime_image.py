@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pip
 import pytest
 from testinfra.host import Host
 
-FACTS = json.loads((Path(__file__).resolve().parents[3] / ".cache/sim/facts.json").read_text())["runtime_image"]
+REPOSITORY, SCENARIO = Path(__file__).resolve().parents[3], Path(__file__).resolve().parents[1]
+FACTS = json.loads((REPOSITORY / ".cache/sim/facts.json").read_text())["runtime_image"]
 REAP, STATE = "/opt/reap/bin/reap", "/var/lib/reap/images.json"
 PINNED = {
     "repository": FACTS["reference"],
@@ -29,7 +35,8 @@ def ensure(host: Host, environment: str = "", **changes: Any) -> tuple[int, dict
 
 
 def images(host: Host) -> str:
-    return str(host.check_output("docker images --all --digests --no-trunc | sort"))
+    form = "{{.Repository}} {{.Tag}} {{.Digest}} {{.ID}}"
+    return str(host.check_output(f"docker images --all --digests --no-trunc --format '{form}' | sort"))
 
 
 @pytest.fixture
@@ -202,8 +209,223 @@ def test_a_pull_that_is_cut_off_leaves_what_was_there_and_the_next_run_ends_it(
     assert host.run(cut).rc == 137
     assert host.run(f"docker inspect {FACTS['reference']}@{FACTS['digest']}").rc != 0
     assert host.check_output("docker inspect --format '{{.Id}}' reap-runtime:served") == served
-    rc, said = ensure(host)
-    assert rc == 0, said
-    assert (said["changed"], said["base"]["source"]) == (True, "registry")
+    # The next run meets a registry that dies in the middle and comes back once the pull has noticed.
+    die = f"{wait}; systemctl stop lab-registry.socket lab-registry.service"
+    seen = f"until grep -q -e 'broke off' -e Retrying {progress}; do kill -0 $pull || exit 8; done"
+    try:
+        ran = host.run(
+            f"rm -f {progress}; {words} & pull=$!; {die}; {seen}; systemctl start lab-registry.socket; wait $pull"
+        )
+    finally:
+        host.check_output("systemctl start lab-registry.socket")
+    assert ran.rc == 0, ran.stdout + ran.stderr
+    said = json.loads(ran.stdout)
+    assert (said["changed"], said["base"]["source"], said["base"]["validated"]) == (True, "registry", True)
     assert host.check_output("docker inspect --format '{{.Id}}' reap-runtime:served") == served
     host.run("docker rmi reap-runtime:served")
+
+
+# A registry with a login
+
+
+USER, PASSWORD = "me", "tram-lagoon-74-pepper"
+HTPASSWD = f"{USER}:$2b$04$vbdvSwteIePPO.dEyw9Nfualqxg80aRu2LRTEBrLITt9mBdSXFpQ2"  # bcrypt of PASSWORD
+LOGIN = "127.0.0.1:5055"
+REGISTRY = f"""
+version: 0.1
+storage: {{filesystem: {{rootdirectory: /tmp/login/data}}}}
+http: {{addr: "{LOGIN}"}}
+"""
+# Reads a password from its standard input, then looks at all command lines until something more comes.
+WATCH = """
+import glob, select, sys
+secret, found = sys.stdin.readline().strip().encode(), set()
+while not select.select([sys.stdin], [], [], 0.02)[0]:
+    for path in glob.glob("/proc/[0-9]*/cmdline"):
+        try:
+            words = open(path, "rb").read()
+        except OSError:
+            continue
+        if secret in words:
+            found.add(words.replace(b"\\0", b" ").decode(errors="replace"))
+print(sorted(found))
+"""
+
+
+@pytest.fixture
+def guarded(host: Host, tiny: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Debian's docker-registry with htpasswd on the host, and a tiny image in it."""
+    host.check_output(
+        "mkdir -p /tmp/login && cd /tmp/login && chmod 777 . && { apt-get download -q docker-registry"
+        " || { apt-get update -q && apt-get download -q docker-registry; }; } && dpkg -x docker-registry_*.deb ."
+    )
+    realm = "auth: {htpasswd: {realm: test, path: /tmp/login/htpasswd}}\n"
+    host.check_output(f"printf %s {shlex.quote(HTPASSWD)} > /tmp/login/htpasswd")
+    for name, text in (("open", REGISTRY), ("login", REGISTRY + realm)):
+        host.check_output(f"printf %s {shlex.quote(text)} > /tmp/login/{name}.yml")
+    run = "systemd-run -q --collect --unit=login-registry /tmp/login/usr/bin/docker-registry serve"
+    up = f"timeout 30 sh -c 'until curl -s -o /dev/null http://{LOGIN}/v2/; do :; done'"
+    try:
+        host.check_output(f"{run} /tmp/login/open.yml && {up}")
+        host.check_output(f"docker load -i /tmp/tiny.tar && docker tag tiny:one {LOGIN}/tiny:one")
+        host.check_output(f"docker push -q {LOGIN}/tiny:one")
+        digest = host.check_output(f"docker inspect --format '{{{{index .RepoDigests 0}}}}' {LOGIN}/tiny:one")
+        host.check_output(f"docker rmi -f {tiny['id']}")
+        host.check_output(f"systemctl stop login-registry && {run} /tmp/login/login.yml && {up}")
+        yield {"repository": f"{LOGIN}/tiny", "digest": digest.rpartition("@")[2], "id": ""}
+    finally:
+        host.run("systemctl stop login-registry; rm -rf /tmp/login")
+        host.run(f"docker rmi -f {tiny['id']}")
+
+
+def play(image: dict[str, Any], **environment: str) -> tuple[int, str]:
+    """The scenario's playbook with another image, and what it said."""
+    command = [str(REPOSITORY / ".venv/bin/ansible-playbook"), str(SCENARIO / "converge.yml"), "-vvv"]
+    command += [f"--inventory={REPOSITORY / 'molecule/shared/inventory'}", f"--inventory={SCENARIO / 'inventory'}"]
+    settings = {"reference": image["repository"], "digest": image["digest"], "id": ""}
+    command += ["-e", json.dumps({f"runtime_image_{key}": value for key, value in settings.items()})]
+    unwanted = ("ANSIBLE_", "MOLECULE_", "FORCE_COLOR", "PY_COLORS", "REAP_REGISTRY")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(unwanted)}
+    kept |= {"ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "LC_ALL": "C.UTF-8", **environment}
+    done = subprocess.run(command, cwd=REPOSITORY, env=kept, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_credentials_are_used_for_the_pull_and_stay_nowhere(host: Host, guarded: dict[str, Any]) -> None:
+    name = host.backend.host.name
+    host.check_output(f"printf %s {shlex.quote(WATCH)} > /tmp/watch.py")
+    ssh = ["ssh", "-F", str(REPOSITORY / ".cache/sim/ssh_config"), name]
+    command = [*ssh, "sudo python3 /tmp/watch.py"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as watcher:
+        assert watcher.stdin is not None
+        watcher.stdin.write(f"{PASSWORD}\n")
+        watcher.stdin.flush()
+        rc, said = play(guarded, REAP_REGISTRY_USER=USER, REAP_REGISTRY_PASSWORD=PASSWORD)
+        lines, _ = watcher.communicate("end")
+    assert rc == 0, said
+    assert PASSWORD not in said
+    assert lines.strip() == "[]"
+    host.check_output(f"docker inspect {guarded['repository']}@{guarded['digest']}")
+    host.check_output("rm -r /tmp/login/htpasswd /tmp/watch.py")
+    # Over standard input, because sudo writes command lines to the journal.
+    search = "sudo grep -rlFf - /root /home /etc /opt/reap /run /var/lib/reap /var/log /tmp 2>/dev/null"
+    found = subprocess.run([*ssh, search], input=f"{PASSWORD}\n", capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (1, "")
+    assert PASSWORD not in host.check_output("journalctl --no-pager")
+    assert not host.file("/root/.docker/config.json").exists
+
+
+def test_a_wrong_password_is_one_clear_error(host: Host, guarded: dict[str, Any]) -> None:
+    before = images(host)
+    for environment in ("", "REAP_REGISTRY_USER=me REAP_REGISTRY_PASSWORD=wrong"):
+        rc, said = ensure(host, environment, **guarded)
+        assert rc == 1
+        assert said["msg"].startswith(f"registry: {LOGIN} refuses {guarded['repository']}@{guarded['digest']}")
+        assert "set REAP_REGISTRY_USER and REAP_REGISTRY_PASSWORD" in said["msg"]
+        assert "wrong" not in said["msg"]
+    assert images(host) == before
+
+
+# The cutlass layer
+
+
+def wheel(name: str, files: dict[str, str], *metadata: str) -> str:
+    """Shell commands that put a wheel of version 4.5.1 into the folder; a double of the real one, a few bytes long."""
+    info = f"{name}-4.5.1.dist-info"
+    words = ["Metadata-Version: 2.1", f"Name: {name.replace('_', '-')}", "Version: 4.5.1", *metadata, ""]
+    files = {
+        **files,
+        f"{info}/METADATA": "\n".join(words),
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": "",
+    }
+    program = textwrap.dedent(
+        f"""
+        import json, zipfile
+        with zipfile.ZipFile("{name}-4.5.1-py3-none-any.whl", "w") as archive:
+            for path, text in json.loads({json.dumps(files)!r}).items():
+                archive.writestr(path, text)
+        """
+    )
+    return f"python3 -c {shlex.quote(program)}"
+
+
+def send_pip(host: Host, target: str) -> None:
+    """Copy the controller's pip to the host; the simulated image has none."""
+    tar = ["tar", "c", "--exclude=__pycache__", "-C", str(Path(pip.__file__).parent), "."]
+    ssh = ["ssh", "-F", str(REPOSITORY / ".cache/sim/ssh_config"), host.backend.host.name]
+    with subprocess.Popen(tar, stdout=subprocess.PIPE) as packed:
+        subprocess.run([*ssh, f"mkdir -p {target} && tar x -C {target}"], stdin=packed.stdout, check=True)
+
+
+def test_the_cutlass_layer_is_built_on_a_base_that_is_here(host: Host) -> None:
+    """The base is the simulated Spark's real image with the real pip in it; the package index is a double in a folder
+    of the image: two wheels of a few bytes with the real ones' names, version and dependency."""
+    extra = ("Provides-Extra: cu13", 'Requires-Dist: nvidia-cutlass-dsl-libs-cu13==4.5.1; extra == "cu13"')
+    wheels = [
+        wheel("nvidia_cutlass_dsl", {}, *extra),
+        wheel("nvidia_cutlass_dsl_libs_cu13", {"cutlass/__init__.py": "", "cutlass/cute.py": "def fmin(): ..."}),
+    ]
+    index = "printf '[global]\\nno-index = true\\nfind-links = /wheels\\n' > /etc/pip.conf"
+    site = "import sys; print(next(path for path in sys.path if path.endswith('dist-packages')))"
+    install = f'site="$(python3 -c {shlex.quote(site)})" && mkdir -p "$site" && mv /pip "$site"'
+    make = " && ".join(["mkdir /wheels", "cd /wheels", *wheels, index, install])
+    pinned = f"{FACTS['reference']}@{FACTS['digest']}"
+    source = {"repository": "127.0.0.1:9/nothing", "digest": ABSENT, "id": "", "cutlass_base": "cutlass:base"}
+    package = "nvidia-cutlass-dsl[cu13]==4.5.1"
+    try:
+        send_pip(host, "/tmp/pip")
+        host.check_output(f"docker create --name make-cutlass --entrypoint sh {pinned} -c {shlex.quote(make)}")
+        host.check_output("docker cp /tmp/pip make-cutlass:/pip && docker start --attach make-cutlass")
+        entry, words = (json.dumps(value) for value in (["vllm"], ["serve"]))
+        changes = shlex.join(["--change", f"ENTRYPOINT {entry}", "--change", f"CMD {words}"])
+        host.check_output(f"docker commit {changes} make-cutlass cutlass:base && docker rm make-cutlass")
+        before = images(host)
+        rc, said = ensure(host, **source, cutlass_package="nvidia-cutlass-dsl[cu13]==4.5.0")
+        assert rc == 1
+        assert "nvidia-cutlass-dsl[cu13]==4.5.0 cannot be installed on cutlass:base" in said["msg"]
+        assert images(host) == before
+        rc, said = ensure(host, **source, cutlass_package=package)
+        assert rc == 0, said
+        assert (said["base"]["source"], said["base"]["validated"]) == ("build", False)
+        built, base = (
+            json.loads(host.check_output(f"docker inspect {i}"))[0] for i in (said["base"]["id"], "cutlass:base")
+        )
+        for key in ("Entrypoint", "Cmd", "Env", "WorkingDir", "User"):
+            assert (built["Config"].get(key) or None) == (base["Config"].get(key) or None), key
+        look = (
+            "import cutlass.cute, importlib.metadata as m; print(m.version('nvidia-cutlass-dsl'), cutlass.cute.fmin())"
+        )
+        ran = host.check_output(f"docker run --rm --entrypoint python3 {built['Id']} -c {shlex.quote(look)}")
+        assert ran == "4.5.1 None"
+        again = ensure(host, **source, cutlass_package=package)[1]
+        assert (again["changed"], again["base"]["matched"]) == (False, "cutlass layer built here")
+        assert host.check_output("docker ps --all --quiet") == ""
+    finally:
+        host.run("docker rm -f make-cutlass; docker rmi -f cutlass:base reap-base-cutlass:000000000000")
+
+
+# Tidying up
+
+
+def test_what_the_recipe_brought_goes_and_what_others_have_stays(host: Host, tiny: dict[str, str]) -> None:
+    own = {
+        "repository": "127.0.0.1:9/tiny",
+        "digest": ABSENT,
+        "id": "",
+        "archive": "/tmp/tiny.tar",
+        "archive_sha256": tiny["sha256"],
+        "state": "/tmp/own-images.json",
+    }
+    remove = shlex.join([REAP, "image", "remove", "--base", json.dumps({**PINNED, **own})])
+    host.check_output("tar c -C /etc hostname | docker import - somebody/elses:image")
+    try:
+        before = images(host)
+        assert ensure(host, **own)[0] == 0
+        host.check_output("docker rmi tiny:one && docker create --name uses reap-base:000000000000 none")
+        assert json.loads(host.check_output(remove))["removed"] == []
+        host.check_output("docker rm uses")
+        assert "reap-base:000000000000" in json.loads(host.check_output(remove))["removed"]
+        assert images(host) == before
+    finally:
+        host.run("docker rm -f uses; docker rmi somebody/elses:image; rm -f /tmp/own-images.json")

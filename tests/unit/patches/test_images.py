@@ -85,10 +85,10 @@ def test_bases_that_nothing_needs_go_by_the_recipes_own_names(tmp_path: Path) ->
             self.removed.append(name)
             return True
 
-    tags = {"RepoTags": ["reap-base:old", "somebody/elses:name"], "RepoDigests": [pulled]}
+    tags = {"RepoTags": ["reap-base:old", "reap-base-cutlass:old", "somebody/elses:name"], "RepoDigests": [pulled]}
     engine = Recorder({"Id": old, **tags}, {"Id": kept, "RepoTags": ["reap-base:kept"]}, {"Id": foreign})
     gone = base.prune(engine, spec(tmp_path), {kept})  # type: ignore[arg-type]
-    assert gone == engine.removed == ["reap-base:old", pulled]
+    assert gone == engine.removed == ["reap-base:old", "reap-base-cutlass:old", pulled]
     assert json.loads((tmp_path / "s.json").read_text()) == {"bases": {kept: {"reference": "host/image@x"}}}
 
 

@@ -20,7 +20,7 @@ from ..errors import ReapError
 from ..fetch.progress import Progress, write_json
 from .engine import Engine, EngineError, auth_header
 
-KEEP_REPOSITORY = "reap-base"
+KEEP_REPOSITORY, CUTLASS_REPOSITORY = "reap-base", "reap-base-cutlass"
 CUTLASS_LABEL = "io.reap.cutlass"
 # A pull that brought nothing new is tried again this often; one that got further starts counting anew.
 ATTEMPTS = 3
@@ -397,16 +397,16 @@ def _build_cutlass(engine: Engine, spec: Spec, progress: Progress) -> Found:
         raise ReapError(f"the base for the cutlass layer, {spec.cutlass_base}, is not on the host")
     _check_space(engine, 2_000_000_000, "the cutlass layer")
     progress.update(detail=f"installing {spec.cutlass_package}")
+    pip, package = ["python3", "-m", "pip", "install"], spec.cutlass_package
     worker = engine.create(
         base["Id"],
-        {"Entrypoint": ["python3"], "Cmd": ["-m", "pip", "install", "--no-cache-dir", "-U", spec.cutlass_package]},
+        # As a variable, because an older pip does not know the option, and not in Env, which would be committed.
+        {"Entrypoint": ["env", "PIP_BREAK_SYSTEM_PACKAGES=1"], "Cmd": [*pip, "--no-cache-dir", "-U", package]},
     )
     try:
         status, output = engine.run(worker, timeout=1800)
         if status != 0:
-            raise ReapError(
-                f"{spec.cutlass_package} cannot be installed on {spec.cutlass_base}: {output.strip()[-300:]}"
-            )
+            raise ReapError(f"{package} cannot be installed on {spec.cutlass_base}: {output.strip()[-300:]}")
         config = base.get("Config") or {}
         changes = [f"LABEL {CUTLASS_LABEL}={json.dumps(f'{spec.cutlass_base} {spec.cutlass_package}')}"]
         changes += [
@@ -418,7 +418,7 @@ def _build_cutlass(engine: Engine, spec: Spec, progress: Progress) -> Found:
             "/commit",
             query={
                 "container": worker,
-                "repo": f"{KEEP_REPOSITORY}-cutlass",
+                "repo": CUTLASS_REPOSITORY,
                 "tag": spec.digest.partition(":")[2][:12],
                 "changes": "\n".join(changes),
             },
@@ -453,7 +453,8 @@ def prune(engine: Engine, spec: Spec, keep: set[str]) -> list[str]:
         filters = json.dumps({"ancestor": [identity]})
         if image and engine.call("GET", "/containers/json", query={"all": 1, "filters": filters}):
             continue
-        own = [name for name in (image or {}).get("RepoTags") or [] if name.startswith(f"{KEEP_REPOSITORY}:")]
+        tags = (image or {}).get("RepoTags") or []
+        own = [name for name in tags if name.startswith((f"{KEEP_REPOSITORY}:", f"{CUTLASS_REPOSITORY}:"))]
         for name in [*own, *([reference] if image else [])]:
             if engine.remove_image(name):
                 gone.append(name)
