@@ -372,11 +372,12 @@ def _pid(pid_file: Path) -> int | None:
 
 
 def _runs(pid: int) -> bool:
-    """Whether the process still runs. One that ended but was started by this process stays in /proc, without words."""
+    """Whether the process still runs. One that ended but was started by this process stays in /proc as a zombie."""
     try:
-        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return False
+    return state not in ("Z", "X")
 
 
 def _pids(wanted: Callable[[list[str]], bool]) -> list[int]:
