@@ -52,7 +52,8 @@ PREFILL = {False: (8192, 2.01, 5.8), True: (4096, 1.2, 9.8)}
 # How much of the slack between reserved and allocated stays with expandable segments, as a share. The H200 ran without
 # them (share 1). On GB10 the validated profiles run with them, and K160 + MTP2 kept its prompt above its floor: 0.18 at
 # most. Between 0.03 and 0.10 every outcome known from GB10 comes out for every MemTotal from 119.7 to 121.7 GiB; this
-# is the middle.
+# is the middle. An H200 with them kept 0.30 of K144's slack (docs/evidence/2026-11-24-h200-full): with that, the K144
+# that GB10 served would be refused, so it is not used, and lies below the high estimate.
 EXPANDABLE_SHARE = 0.06
 
 # The CPU build of vLLM, three processes, without weights and KV cache; 1.5 GB in all were seen with a KV cache of 1G,
