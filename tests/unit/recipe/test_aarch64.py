@@ -1,0 +1,107 @@
+"""What the roles install exists for a Spark: aarch64, Python 3.12. Nothing is emulated and nothing is installed.
+
+The package indexes are asked once for each lock and each list of packages; the answer is kept under .cache/packages/.
+"""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sim import images
+from sim.common import run
+
+ROOT = Path(__file__).resolve().parents[3]
+CACHE = ROOT / ".cache" / "packages"
+LOCK = ROOT / "roles/model_fetch/files/requirements.txt"
+# What DGX OS 7 (glibc 2.39) accepts, as pip names it.
+PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in (39, 35, 34, 31, 28, 17)] + ["manylinux2014_aarch64", "any"]
+# Of NVIDIA's own repository, which DGX OS comes with; a Spark has it installed.
+NVIDIA = {"nvidia-container-toolkit"}
+
+
+def asked_before(kind, text):
+    return CACHE / f"aarch64-{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def wheels(requirements, folder):
+    """Names of the wheels that pip takes for a Spark, each with a hash of the lock."""
+    platforms = [word for name in PLATFORMS for word in ("--platform", name)]
+    chosen = ["--only-binary", ":all:", *platforms, "--implementation", "cp", "--python-version", "3.12"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", *chosen]
+    done = subprocess.run(
+        [*command, "--dest", str(folder), "--requirement", str(requirements)],
+        capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-800:]
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_every_wheel_of_the_downloader_exists_for_aarch64(tmp_path):
+    kept = asked_before("wheels", LOCK.read_text() + str(PLATFORMS))
+    if not kept.exists():
+        names = wheels(LOCK, tmp_path)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text("".join(f"{name}\n" for name in names))
+    names = kept.read_text().split()
+    assert any(name.startswith("huggingface_hub-") for name in names)
+    for name in names:
+        platform = name.removesuffix(".whl").rpartition("-")[2]
+        assert platform == "any" or "aarch64" in platform, name
+
+
+def test_a_wheel_that_is_not_in_the_lock_is_refused(tmp_path):
+    """The check above can fail: another version's hash, and no wheel for the platform."""
+    wrong = tmp_path / "requirements.txt"
+    wrong.write_text(f"packaging==26.3 --hash=sha256:{'0' * 64}\n")
+    with pytest.raises(AssertionError, match="DO NOT MATCH"):
+        wheels(wrong, tmp_path / "out")
+
+
+def packages():
+    """The distribution packages that the roles' defaults name."""
+    data = {}
+    for role in ("spark_host", "model_fetch"):
+        data |= yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text())
+    single = [data["spark_host_docker_package"], data["spark_host_gpu_runtime_package"]]
+    return sorted({*data["spark_host_packages"], *data["spark_host_docker_extra_packages"], *single})
+
+
+def test_every_distribution_package_exists_for_arm64(tmp_path):
+    codename, sources = images.machine_sources()
+    wanted = [name for name in packages() if name not in NVIDIA]
+    kept = asked_before("packages", f"{codename} {sources} {wanted}")
+    if not kept.exists():
+        found = apt_candidates(wanted, sources, tmp_path)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text("".join(f"{name} {version}\n" for name, version in found.items()))
+    found = dict(line.split() for line in kept.read_text().splitlines())
+    assert set(found) == set(wanted)
+    assert "(none)" not in found.values(), found
+
+
+def apt_candidates(names, sources, folder):
+    """The version of each package that apt would install on an arm64 machine, `(none)` where there is none."""
+    for path in ("lists/partial", "cache/archives/partial", "parts"):
+        (folder / path).mkdir(parents=True)
+    (folder / "sources.list").write_text(sources)
+    (folder / "status").touch()
+    settings = {
+        "APT::Architecture": "arm64", "APT::Architectures": "arm64", "Dir::Etc::SourceList": folder / "sources.list",
+        "Dir::Etc::SourceParts": folder / "parts", "Dir::State::Lists": folder / "lists",
+        "Dir::State::status": folder / "status", "Dir::Cache": folder / "cache", "APT::Sandbox::User": "",
+        "Acquire::Languages": "none",
+    }  # fmt: skip
+    options = [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
+    run(["apt-get", *options, "-qq", "update"])
+    text = run(["apt-cache", *options, "policy", *names]).stdout
+    found, name = {}, ""
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            name = line.rstrip(":")
+        elif line.strip().startswith("Candidate:"):
+            found[name] = line.split()[1]
+    return found
