@@ -66,10 +66,12 @@ verify-long: $(VENV)/.controller ## The whole verification of the demo's Spark u
 .PHONY: demo-down
 demo-down: ## Remove every container, volume, process and network of the simulated Spark
 	@if [ -e .cache/sim ]; then $(PYTHON) -m sim down --all; fi
+	@if [ -e .cache/aarch64 ]; then $(PYTHON) -m sim.aarch64 down --all; fi
 
 .PHONY: clean
 clean: ## demo-down, and remove the caches, the evidence and .venv too
 	@$(PYTHON) -m sim clean
+	@if [ -e .cache/aarch64 ]; then $(PYTHON) -m sim.aarch64 clean; fi
 	@rm -rf $(VENV) artifacts .mypy_cache .ruff_cache .pytest_cache .hypothesis .ansible
 
 # --- tests ------------------------------------------------------------------------------------------------------
@@ -101,6 +103,12 @@ test-faults: $(VENV)/.dev ## Faults of the service on a simulated Spark with the
 .PHONY: test-releases
 test-releases: $(VENV)/.dev ## Patches against every published vLLM from 0.20.0 to 0.33.0 and FlashInfer
 	$(BIN)/pytest -q tests/releases
+
+# --- an emulated Spark ------------------------------------------------------------------------------------------
+
+.PHONY: test-aarch64
+test-aarch64: $(VENV)/.controller ## An emulated aarch64 Spark with 122 GB: preflight, memory_fit; STAGES="identity memory" for some
+	@$(BIN)/python -m tests.aarch64.run $(STAGES)
 
 # --- a CUDA GPU -------------------------------------------------------------------------------------------------
 

@@ -105,11 +105,13 @@ class Pushed:
     config_digest: str
 
 
-def documents(layers: list[Layer], labels: dict[str, str], epoch: int) -> tuple[bytes, bytes]:
+def documents(
+    layers: list[Layer], labels: dict[str, str], epoch: int, architecture: str = "amd64"
+) -> tuple[bytes, bytes]:
     """(config, manifest) of an image, as the bytes that their digests are of."""
     created = datetime.fromtimestamp(epoch, UTC).isoformat().replace("+00:00", "Z")
     config = {
-        "architecture": "amd64",
+        "architecture": architecture,
         "os": "linux",
         "created": created,
         "config": {
@@ -135,9 +137,17 @@ def _digest(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-def push(url: str, name: str, layers: list[Layer], labels: dict[str, str], epoch: int, tag: str = "latest") -> Pushed:
+def push(
+    url: str,
+    name: str,
+    layers: list[Layer],
+    labels: dict[str, str],
+    epoch: int,
+    tag: str = "latest",
+    architecture: str = "amd64",
+) -> Pushed:
     """Sends the image; blobs that the registry has are not sent again. The manifest goes last: never half an image."""
-    config, manifest = documents(layers, labels, epoch)
+    config, manifest = documents(layers, labels, epoch, architecture)
     for layer in layers:
         if not _has(url, f"/v2/{name}/blobs/{layer.digest}"):
             with layer.path.open("rb") as stream:

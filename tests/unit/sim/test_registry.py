@@ -72,6 +72,12 @@ def test_manifest_names_config_and_layers_by_digest() -> None:
     assert json.loads(config)["config"]["Labels"] == {"reap.runtime": "simulated"}
 
 
+@pytest.mark.parametrize("architecture", ["amd64", "arm64"])
+def test_an_image_says_for_which_architecture_it_is(architecture: str) -> None:
+    config, _ = registry.documents([], {}, EPOCH, architecture)
+    assert json.loads(config)["architecture"] == architecture
+
+
 def test_a_registry_that_is_down_is_one_clear_error() -> None:
     with pytest.raises(SimError, match=r"the registry at http://127\.0\.0\.1:1 does not answer"):
         registry.has_manifest("http://127.0.0.1:1", "x", "sha256:aa")
