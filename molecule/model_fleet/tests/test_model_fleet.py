@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import testinfra
+import yaml
 from testinfra.host import Host
 
 from sim import engine, hosts
@@ -96,19 +98,23 @@ def limit(name: str, rate: str) -> None:
     on(name).check_output(f"tc qdisc replace dev eth0 root tbf rate {rate} burst 1mb latency 100ms")
 
 
+def play_model(inventory: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [str(REPOSITORY / ".venv/bin/ansible-playbook"), str(SCENARIO / "converge.yml"), *arguments]
+    command += [f"--inventory={REPOSITORY / 'molecule/shared/inventory'}", f"--inventory={inventory}"]
+    unwanted = ("ANSIBLE_", "MOLECULE_", "FORCE_COLOR", "PY_COLORS")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(unwanted)}
+    environment |= {"ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "LC_ALL": "C.UTF-8"}
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
 @contextmanager
 def receiving(receiver: str, *givers: str, **variables: Any) -> Iterator[subprocess.Popen[str]]:
     """The play runs over these hosts, and the receiver has begun to copy."""
     on(receiver).check_output(f"rm -rf {DEST} {DEST}.partial /run/reap/progress/model_fetch.json")
-    command = [str(REPOSITORY / ".venv/bin/ansible-playbook"), str(SCENARIO / "converge.yml")]
-    command += [f"--inventory={REPOSITORY / 'molecule/shared/inventory'}", f"--inventory={SCENARIO / 'inventory'}"]
-    command += ["--limit", ",".join([receiver, *givers]), "-e", json.dumps(variables)]
-    unwanted = ("ANSIBLE_", "MOLECULE_", "FORCE_COLOR", "PY_COLORS")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(unwanted)}
-    environment |= {"ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "LC_ALL": "C.UTF-8"}
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    limit = ",".join([receiver, *givers])
+    process = play_model(SCENARIO / "inventory", "--limit", limit, "-e", json.dumps(variables))
     try:
         yield process
     finally:
@@ -227,3 +233,28 @@ def test_a_folder_of_links_is_given_to_nobody() -> None:
     )
     assert copied.rc != 0
     assert "reads one verified model revision and nothing else" in copied.stderr
+
+
+def test_a_host_that_is_no_spark_downloads_and_passes_it_on() -> None:
+    outside, spark = NAMES[1], NAMES[2]
+    fleet = yaml.safe_load((SCENARIO / "inventory/hosts.yml").read_text())["sparks"]
+    sim = yaml.safe_load((REPOSITORY / "inventories/sim/group_vars/sparks.yml").read_text())
+    own = yaml.safe_load((REPOSITORY / "molecule/shared/inventory/hosts.yml").read_text())["sparks"]["vars"]
+    own |= {key: value for key, value in sim.items() if key.startswith("model_fetch_")}
+    groups = {
+        "all": {"vars": fleet["vars"] | {"model_fetch_revision": REVISION, "model_fetch_seeds": [outside]}},
+        "model_sources": {"hosts": {outside: fleet["hosts"][outside]}, "vars": own},
+        "sparks": {"hosts": {spark: fleet["hosts"][spark]}},
+    }
+    for name in (outside, spark):
+        on(name).check_output(f"rm -rf {DEST} {DEST}.partial")
+    asked = len(requests())
+    with tempfile.TemporaryDirectory(dir=REPOSITORY / ".cache") as folder:
+        inventory = Path(folder, "hosts.yml")
+        inventory.write_text(yaml.safe_dump(groups))
+        play = play_model(inventory)
+        out, _ = play.communicate(timeout=240)
+    assert play.returncode == 0, out
+    assert (sources()[outside], sources()[spark]) == ("hub", outside)
+    assert max(Counter(line["path"] for line in requests()[asked:]).values()) == 1
+    assert_whole(on(spark))
