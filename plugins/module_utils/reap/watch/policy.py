@@ -289,8 +289,8 @@ class Policy:
             self._deadline, self._shed_target = None, None
         if target != self._target:
             self._below = 0
-            self._trend_n = 0
-            self._last_trend = float("-inf")
+        self._trend_n = 0
+        self._last_trend = float("-inf")
         self._warned = False
         self._phase, self._target = phase, target
 
