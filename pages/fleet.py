@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from . import write
 from .report import flat, gib, number
 from .theme import page, text
 
@@ -183,17 +184,10 @@ def write_index(artifacts: Path) -> Path:
     folder = os.open(artifacts, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
-        write_page(out, latest_reports(artifacts))
+        write(out, render_fleet(latest_reports(artifacts), out.resolve().parent).encode())
     finally:
         os.close(folder)
     return out
-
-
-def write_page(out: Path, hosts: dict[str, list[tuple[Path, Report]]]) -> None:
-    """Write beside, then rename."""
-    beside = out.with_name(f".{out.name}.{os.getpid()}.new")
-    beside.write_text(render_fleet(hosts, out.resolve().parent), encoding="utf-8")
-    beside.replace(out)
 
 
 def main() -> int:
@@ -207,7 +201,7 @@ def main() -> int:
     if not hosts:
         print(f"no report.json under {args.artifacts}: run playbooks/verify.yml first", file=sys.stderr)
         return 2
-    write_page(out, hosts)
+    write(out, render_fleet(hosts, out.resolve().parent).encode())
     print(f"{out}: {len(hosts)} hosts")
     return 0
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
+
+# Ansible does not put the repository on the controller's import path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from pages import write
 
 DOCUMENTATION = r"""
 module: keep_status
@@ -31,15 +33,6 @@ options:
     required: true
 """
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    beside.write_bytes(data)
-    beside.replace(path)
-
 
 class ActionModule(ActionBase):
     """Write; slurp and draw."""
@@ -54,7 +47,7 @@ class ActionModule(ActionBase):
         # Through JSON: plain values whatever types the variables have.
         status = json.loads(json.dumps(arguments["status"], default=str))
         folder = Path(arguments["folder"])
-        _write(folder / "status.json", (json.dumps(status) + "\n").encode())
+        write(folder / "status.json", (json.dumps(status) + "\n").encode())
         if not status.get("evidence"):
             return {"changed": False}
         remote = Path(status["evidence"])
@@ -68,16 +61,12 @@ class ActionModule(ActionBase):
                 raise AnsibleActionFail(f"{remote} cannot be read on the host: {slurped.get('msg')}")
             data = base64.b64decode(slurped["content"])
             drawn = self._draw(data, str(remote))
-            _write(bundle, data)
-            _write(page, drawn.encode())
+            write(bundle, data)
+            write(page, drawn.encode())
         return {"changed": False, "page": str(page)}
 
     @staticmethod
     def _draw(data: bytes, name: str) -> str:
-        if str(ROOT) not in sys.path:
-            sys.path.insert(0, str(ROOT))
-        # A worker has no home it may write to for sure; matplotlib wants a folder for its font list.
-        os.environ.setdefault("MPLCONFIGDIR", str(Path(tempfile.gettempdir()) / f"reap-matplotlib-{os.getuid()}"))
         try:
             from pages.memory_series import render_series_page
         except ImportError as error:

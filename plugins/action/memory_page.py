@@ -4,14 +4,16 @@ host."""
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
+
+# Ansible does not put the repository on the controller's import path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from pages import write
 
 DOCUMENTATION = r"""
 module: memory_page
@@ -30,15 +32,8 @@ options:
     required: true
 """
 
-ROOT = Path(__file__).resolve().parents[2]
 # What belongs to the task that was run, not to the answer.
 _OF_THE_TASK = ("changed", "failed", "invocation", "warnings", "deprecations", "msg")
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 class ActionModule(ActionBase):
@@ -59,19 +54,14 @@ class ActionModule(ActionBase):
         folder = Path(arguments["folder"])
         page = self._draw(str((task_vars or {}).get("inventory_hostname", "this host")), fit)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / "memory.json", json.dumps(fit, indent=2) + "\n")
-            _write(folder / "memory.html", page)
+            write(folder / "memory.json", (json.dumps(fit, indent=2) + "\n").encode())
+            write(folder / "memory.html", page.encode())
         except OSError as error:
             raise AnsibleActionFail(f"{folder} on the controller cannot be written: {error.strerror}") from error
         return {**result, "changed": False, "page": str(folder / "memory.html"), "json": str(folder / "memory.json")}
 
     @staticmethod
     def _draw(host: str, fit: dict[str, Any]) -> str:
-        if str(ROOT) not in sys.path:
-            sys.path.insert(0, str(ROOT))
-        # A worker has no home it may write to for sure; matplotlib wants a folder for its font list.
-        os.environ.setdefault("MPLCONFIGDIR", str(Path(tempfile.gettempdir()) / f"reap-matplotlib-{os.getuid()}"))
         try:
             from pages.ledger import render_ledger_page
         except ImportError as error:

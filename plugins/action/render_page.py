@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
+
+# Ansible does not put the repository on the controller's import path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from pages import write
 
 DOCUMENTATION = r"""
 module: render_page
@@ -32,21 +34,9 @@ options:
     required: true
 """
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def _write(path: Path, data: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    beside.write_bytes(data)
-    beside.replace(path)
-
 
 def _pages() -> tuple[Callable[[dict[str, Any]], str], Callable[[Path], Path]]:
     """What draws a report, and what writes the page of all hosts into a folder."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    # A worker has no home it may write to for sure; matplotlib wants a folder for its font list.
-    os.environ.setdefault("MPLCONFIGDIR", str(Path(tempfile.gettempdir()) / f"reap-matplotlib-{os.getuid()}"))
     try:
         from pages.fleet import write_index
         from pages.report import render_report
@@ -81,9 +71,8 @@ class ActionModule(ActionBase):
         if slurped.get("failed"):
             raise AnsibleActionFail(f"{remote}/report.json cannot be read on the host: {slurped.get('msg')}")
         data = base64.b64decode(slurped["content"])
-        local.mkdir(parents=True, exist_ok=True)
-        _write(report, data)
-        _write(page, render_report(json.loads(data)).encode())
+        write(report, data)
+        write(page, render_report(json.loads(data)).encode())
         self._put(page, remote / page.name, task_vars)
         write_index(index.parent)
         return result
