@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -27,22 +29,23 @@ MAIN = (
 )
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
-    """Wait for a condition; fail with ``what`` when it does not come."""
+def until(condition: Callable[[], Any], what: str | Callable[[], str], seconds: float = 60.0) -> Any:
+    """Wait for a condition; fail with ``what`` as it is then when it does not come."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         value = condition()
         if value:
             return value
         time.sleep(0.02)
-    raise AssertionError(f"not within {seconds} s: {what}")
+    raise AssertionError(f"not within {seconds} s: {what() if callable(what) else what}")
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on now, outside the range that connections take theirs from."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", random.randrange(20000, 32000)))
+            return int(probe.getsockname()[1])
 
 
 class Bench:
@@ -74,7 +77,7 @@ class Bench:
 
     def settings(self, **changes: Any) -> dict[str, Any]:
         profiles = yaml.safe_load((ROOT / "group_vars/all/profiles.yml").read_text())["reap_profiles"]
-        timings = {"backoff_s": 0, "drain_s": 5, "grace_s": 1, "start_timeout_s": 20, "memory_wait_s": 0}
+        timings = {"backoff_s": 0, "drain_s": 5, "grace_s": 1, "start_timeout_s": 60, "memory_wait_s": 0}
         return {
             "profile": "sim-needle-32k",
             "profile_data": profiles["sim-needle-32k"],
@@ -138,7 +141,10 @@ class Bench:
             return {"phase": None}
 
     def await_phase(self, phase: str) -> dict[str, Any]:
-        until(lambda: self.state()["phase"] == phase, f"phase {phase}; state {self.state()}, log:\n{self.log()}")
+        until(
+            lambda: self.state()["phase"] == phase,
+            lambda: f"phase {phase}; state {self.state()}, log:\n{self.log()}",
+        )
         return self.state()
 
     def restarted_by_systemd(self, times: int) -> None:
