@@ -111,7 +111,7 @@ test-releases: $(VENV)/.dev ## Patches against every published vLLM from 0.20.0 
 # --- an emulated Spark ------------------------------------------------------------------------------------------
 
 .PHONY: test-aarch64
-test-aarch64: $(VENV)/.controller ## An emulated aarch64 Spark with 122 GB: preflight, memory_fit; STAGES="identity memory" for some
+test-aarch64: $(VENV)/.controller ## An emulated aarch64 Spark with 122 GB: memory_fit, site.yml, watchdog; STAGES="identity memory" for some
 	@$(BIN)/python -m tests.aarch64.run $(STAGES)
 
 # --- a CUDA GPU -------------------------------------------------------------------------------------------------

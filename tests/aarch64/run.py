@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from sim.aarch64 import bed, machine
-from sim.common import GIB, SimError, say, write_json
+from sim.common import GIB, SimError, say, wait_for, write_json
 
 FIRST, SECOND = "spark-aarch64", "spark-aarch64-b"
 # MemTotal of two Sparks, GiB (docs/hosts.md), and what the emulator gives for the larger one, MiB.
@@ -127,6 +127,13 @@ def memory(name: str) -> dict[str, int]:
     return {match[1]: int(match[2]) for match in re.finditer(r"^(\w+):\s+(\d+)", text, re.MULTILINE)}
 
 
+def remote_json(name: str, path: str) -> dict[str, Any]:
+    """A JSON file of the machine; empty where it is not there."""
+    text = machine.ssh(name, f"sudo cat {path}", check=False)
+    found: dict[str, Any] = json.loads(text) if text.strip() else {}
+    return found
+
+
 def identity(name: str) -> dict[str, Any]:
     """It is what it should look like, without any help of the inventory."""
     product = machine.ssh(name, "cat /sys/class/dmi/id/product_name").strip()
@@ -143,6 +150,47 @@ def unchanged(recap: dict[str, dict[str, int]]) -> dict[str, Any]:
     """No host was changed and none failed."""
     want(bool(recap) and all(not any(one.values()) for one in recap.values()), f"wanted changed=0, found {recap}")
     return {"recap": recap}
+
+
+def serving(name: str, seconds: float = 600) -> None:
+    """Waits until the service says that its model has answered."""
+    wait_for(
+        lambda: remote_json(name, "/run/reap/service.json").get("phase") == "serving",
+        seconds,
+        f"reap.service on {name}",
+        every=3.0,
+    )
+
+
+def watchdog(name: str) -> dict[str, Any]:
+    """The model's memory grows over the production floor: a kill, and the service comes back by itself."""
+    before, state = memory(name), remote_json(name, "/run/reap/watchdog.json")
+    want(state.get("floor_kb") == 8388608, f"the floor is {state.get('floor_kb')} kB, wanted the profile's 8388608")
+    grow = (before["MemAvailable"] - 7 * 1024 * 1024) * 1024
+    body = json.dumps({"bytes": grow})
+    machine.ssh(
+        name,
+        f"curl -s -m 60 -d '{body}' http://127.0.0.1:8000/double/grow",
+        check=False,
+    )
+    wait_for(
+        lambda: remote_json(name, "/run/reap/watchdog.json").get("kills", 0) > state.get("kills", 0),
+        120,
+        "the watchdog's kill",
+        every=2.0,
+    )
+    serving(name)
+    after = memory(name)
+    text = machine.ssh(name, "sudo cat /var/lib/reap/watchdog/events.jsonl")
+    events = [json.loads(line) for line in text.splitlines()]
+    kinds = [event.get("event") for event in events]
+    want("kill" in kinds and "killed" in kinds, f"events are {kinds}")
+    return {
+        "mem_available_before_kb": before["MemAvailable"],
+        "grown_by_bytes": grow,
+        "events": events[-14:],
+        "mem_available_serving_again_kb": after["MemAvailable"],
+    }
 
 
 def first_snapshot() -> dict[str, Any]:
@@ -162,6 +210,10 @@ STAGES: dict[str, tuple[str, Callable[[Run], dict[str, Any] | None]]] = {
     "identity": ("it looks like a Spark", lambda run: identity(FIRST)),
     "preflight": ("preflight", lambda run: unchanged(run.play("playbooks/preflight.yml", FIRST))),
     "memory": ("memory_fit, 119.7 GiB", lambda run: unchanged(run.play("tests/aarch64/memory.yml", FIRST))),
+    "site": ("site.yml", lambda run: {"recap": run.play("site.yml", FIRST)}),
+    "again": ("site.yml again, changed=0", lambda run: unchanged(run.play("site.yml", FIRST))),
+    "check-again": ("site.yml --check, converged", lambda run: unchanged(run.play("site.yml", FIRST, "--check"))),
+    "watchdog": ("watchdog, floor 8 GiB", lambda run: watchdog(FIRST)),
     "second": ("second machine: cold boot", lambda run: {"up_s": machine.up(SECOND, SECOND_MIB)["up_s"]}),
     "second-identity": ("it looks like a Spark too", lambda run: identity(SECOND)),
     "second-memory": ("memory_fit, 121.7 GiB", lambda run: unchanged(run.play("tests/aarch64/memory.yml", SECOND))),
