@@ -204,9 +204,8 @@ def test_a_wider_address_is_refused_and_the_proxy_is_named(service: Service) -> 
 
 
 def test_the_proxy_without_a_certificate_is_refused(service: Service) -> None:
-    said = playbook(
-        "molecule/reap_service/converge.yml", "-e", "reap_service_proxy_tls=given", "--tags", "reap_service"
-    )
+    given = ("-e", "reap_service_proxy_tls=given", "--tags", "reap_service")
+    said = playbook(SCENARIO, "molecule/reap_service/converge.yml", *given)
     assert said.startswith("failed")
     assert "name both files on the host, or choose self_made" in said
 
