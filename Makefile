@@ -15,7 +15,7 @@ export LC_ALL := C.UTF-8
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Molecule scenarios in the order of a run; `default` is the whole recipe.
-SCENARIOS ?= spark_host runtime_image model_fetch vllm_patches watchdog reap_service verify fleet default
+SCENARIOS ?= spark_host runtime_image model_fetch vllm_patches watchdog reap_service verify default
 
 .PHONY: help
 help: ## This list
@@ -77,7 +77,7 @@ clean: ## demo-down, and remove the caches, the evidence and .venv too
 # --- tests ------------------------------------------------------------------------------------------------------
 
 .PHONY: test
-test: $(VENV)/.dev ## Lint, unit tests, and a Molecule scenario for each role, a fleet and the whole recipe
+test: $(VENV)/.dev ## Lint, unit tests, and a Molecule scenario for each role and the whole recipe
 	@.ci/test
 
 .PHONY: lint
@@ -96,9 +96,9 @@ unit: $(VENV)/.dev ## Unit tests
 molecule: $(VENV)/.dev ## Molecule scenarios: SCENARIOS="spark_host verify" for some of them
 	@export PATH="$(CURDIR)/$(BIN):$$PATH"; for scenario in $(SCENARIOS); do molecule test -s $$scenario || exit 1; done
 
-.PHONY: test-model-fleet
-test-model-fleet: $(VENV)/.dev ## One model on four simulated Sparks that take it from each other, and lost givers
-	@export PATH="$(CURDIR)/$(BIN):$$PATH"; molecule test -s model_fleet
+.PHONY: test-fleet
+test-fleet: $(VENV)/.dev ## Several simulated Sparks: groups, batches and failures; one model that they take from each other
+	@export PATH="$(CURDIR)/$(BIN):$$PATH"; molecule test -s fleet && molecule test -s model_fleet
 
 .PHONY: test-faults
 test-faults: $(VENV)/.dev ## Faults of the service on a simulated Spark with the real vLLM: killed processes, wedges, sheds
