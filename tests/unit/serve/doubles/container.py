@@ -30,7 +30,7 @@ class Handler(BaseHTTPRequestHandler):
             busy = 1 if behaviour.get("busy") or behaviour.get("wedged") else 0
             self.reply(200, f"vllm:num_requests_running{{e=\"0\"}} {busy}.0\n"
                        f"vllm:generation_tokens_total{{e=\"0\"}} {moved[0]}.0\n")  # fmt: skip
-        elif Path(os.environ.get("DOUBLE_GATE", "/run/reap/gate"), "shut").exists():
+        elif Path(os.environ.get("DOUBLE_GATE", "/opt/reap-gate"), "shut").exists():
             self.reply(503, json.dumps({"requests_inside": 7 if behaviour.get("busy") else 0}))
         elif self.path == "/v1/models":
             self.guarded({"data": [{"id": model}]})
