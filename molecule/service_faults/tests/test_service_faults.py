@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import pytest
 from testinfra.host import Host
 
-from tests.support.service_host import CONFIG, HEADERS, URL, Service, await_true, long_request, playbook
+from tests.support.service_host import CONFIG, HEADERS, REQUEST, URL, Service, await_true, long_request, playbook
 
 METER = "/run/reap/meminfo-double"
 SETTINGS = "/etc/reap/watchdog.toml"
+WEDGED = "wedged: a request waits and nothing moved for"
 GIB_KB = 1024 * 1024
 
 
@@ -115,7 +116,7 @@ def test_a_wedge_under_load_is_found_in_the_metrics_and_leaves_evidence(service:
     service.run("pkill -STOP -f '[V]LLM::EngineCore'")
     service.serves_alone(before, engines, segments)
     service.run("systemctl stop client", good=(0, 5))
-    assert "wedged: a request waits and nothing moved for" in service.journal()
+    assert WEDGED in service.journal()
     wedge = service.status()["wedge"]
     assert wedge["path"] in service.status()["line"]
     bundle = json.loads(service.run(f"cat {wedge['path']}"))
@@ -130,6 +131,15 @@ def test_a_wedge_under_load_is_found_in_the_metrics_and_leaves_evidence(service:
     assert stopped
     assert bundle["container_state"]["Running"] is True
     assert bundle["log"]
+
+
+def test_a_wedge_of_an_idle_engine_is_found_by_the_next_request(service: Faulty) -> None:
+    before, engines, segments = service.container(), service.engines(), service.segments()
+    told = service.journal().count(WEDGED)
+    service.run("pkill -STOP -f '[V]LLM::EngineCore'")
+    service.run(f"(curl -s -m 300 {HEADERS} -d '{REQUEST}' {URL} >/dev/null 2>&1 &)")
+    service.serves_alone(before, engines, segments)
+    assert service.journal().count(WEDGED) > told
 
 
 def test_a_broken_image_gives_way_and_the_gap_is_told(service: Faulty) -> None:
