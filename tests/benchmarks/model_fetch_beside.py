@@ -1,14 +1,17 @@
 """What the two big downloads cost side by side, and what the role model_fetch costs when there is nothing to do.
 
-    .venv/bin/python tests/benchmarks/model_fetch_beside.py [--seconds 100] [--runs 5]
+    .venv/bin/python tests/benchmarks/model_fetch_beside.py [--seconds 100] [--runs 5] [--provision]
 
 Prints one JSON object. On a fresh simulated host, with the real roles of playbooks/provision.yml, a real registry and
 real pulls. Doubles: the hub is sim.hub, and both are throttled so that either takes --seconds for its bytes: the hub by
 itself, the registry by a proxy of this process. What both need before (packages, the downloader) is installed first.
+With --provision nothing is: one run of the whole playbook on a fresh host, packages, patched image and watchdog with
+it, but not the start of the service (the files of this model are random).
 
 - ``beside``: wall time of both roles in one run, as a multiple of the longer one of the two runs with one of them.
 - ``again``: wall time of the converged role as a multiple of ``ansible -m ping``, and the bytes of the model that the
   kernel had to read for it: all its pages are dropped before, and counted after.
+- ``provision``: wall time of that one run, as a multiple of --seconds.
 """
 
 from __future__ import annotations
@@ -107,18 +110,9 @@ def on_host(engine: Engine, *command: str) -> str:
     return engine.output("exec", object_name("host", NAME), *command)
 
 
-def measure(engine: Engine, seconds: float, runs: int) -> dict[str, Any]:
-    """All figures; the host is fresh and the services run."""
+def throttled(engine: Engine, model: dict[str, Any], seconds: float) -> Path:
+    """Hold the host's ways to the hub and to the registry to ``seconds`` for their bytes; the hub's file."""
     image = read_json(FACTS)["runtime_image"]
-    revision = build.publish(MODEL, 40, 4)
-    model = read_json(FACTS)["checkpoints"][MODEL]
-    dest = f"/var/lib/reap/models/{MODEL}/{revision}"
-    expect = {"model_type": "deepseek_v4"}
-    variables = {"model_fetch_repo": MODEL, "model_fetch_revision": revision, "model_fetch_dest": dest}
-    play = [str(BIN / "ansible-playbook"), *INVENTORY, "-l", NAME, "playbooks/provision.yml"]
-    play += ["-e", json.dumps({**variables, "model_fetch_expect": expect}), "--tags"]
-    timed([*play, "spark_host,runtime_image_install,model_fetch_install"])
-
     network = engine.output(
         "network", "inspect", "--format", "{{(index .IPAM.Config 0).Gateway}}", object_name("network")
     )
@@ -129,6 +123,29 @@ def measure(engine: Engine, seconds: float, runs: int) -> dict[str, Any]:
     on_host(engine, "sh", "-c", f"{script} systemctl stop lab-registry.service; systemctl restart lab-registry.socket")
     faults = services.HUB_STATE / "faults.json"
     faults.write_text(json.dumps({"total_bytes_per_s": model["bytes"] / seconds}))
+    return faults
+
+
+def measure(engine: Engine, seconds: float, runs: int, provision: bool) -> dict[str, Any]:
+    """All figures; the host is fresh and the services run."""
+    revision = build.publish(MODEL, 40, 4)
+    model = read_json(FACTS)["checkpoints"][MODEL]
+    dest = f"/var/lib/reap/models/{MODEL}/{revision}"
+    expect = {"model_type": "deepseek_v4"}
+    variables = {"model_fetch_repo": MODEL, "model_fetch_revision": revision, "model_fetch_dest": dest}
+    play = [str(BIN / "ansible-playbook"), *INVENTORY, "-l", NAME, "playbooks/provision.yml"]
+    play += ["-e", json.dumps({**variables, "model_fetch_expect": expect})]
+    if provision:
+        faults = throttled(engine, model, seconds)
+        try:
+            wall = round(timed([*play, "--skip-tags", "reap_service"])[0], 1)
+        finally:
+            faults.unlink()
+        return {"provision": {"wall": wall, "multiple": round(wall / seconds, 3)}}
+    play.append("--tags")
+    timed([*play, "spark_host,runtime_image_install,model_fetch_install"])
+
+    faults = throttled(engine, model, seconds)
 
     def fresh() -> None:
         on_host(engine, "sh", "-c", f"rm -rf {dest} /var/lib/reap/images.json; docker image prune --all --force")
@@ -166,12 +183,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=100.0, help="what the bytes of either take by themselves")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--provision", action="store_true", help="one whole provision of a fresh host instead")
     options = parser.parse_args()
     load = os.getloadavg()[0]
     with services.lease() as engine:
         hosts.up(NAME, fresh=True)
         try:
-            result = measure(engine, options.seconds, options.runs)
+            result = measure(engine, options.seconds, options.runs, options.provision)
         finally:
             hosts.down([NAME])
     print(json.dumps({"load_before": load, "seconds": options.seconds, **result}, indent=1))

@@ -206,6 +206,26 @@ def test_the_proxy_without_a_certificate_is_refused(service: Service) -> None:
     assert "name both files on the host, or choose self_made" in said
 
 
+def test_a_certificate_of_ones_own_is_served_and_plain_text_where_that_is_asked_for(service: Service) -> None:
+    before = service.state()["container_id"]
+    role = ("molecule/reap_service/converge.yml", "--tags", "reap_service")
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
+    service.run(f"umask 077; {make} -addext subjectAltName=DNS:localhost -keyout /srv/own.key -out /srv/own.pem 2>&1")
+    own = "reap_service_proxy_certificate=/srv/own.pem reap_service_proxy_certificate_key=/srv/own.key"
+    given = playbook(SCENARIO, *role, "-e", f"reap_service_proxy_tls=given {own}")
+    assert given.startswith("passed"), given
+    ask = f"curl -s -o /dev/null -w '%{{http_code}}' {HEADERS}"
+    assert service.run(f"{ask} --cacert /srv/own.pem {PROXY}/health") == "200"
+    # 60: it is not the one made before.
+    assert service.run(f"{ask} {TRUST} {PROXY}/health", good=(60,)) == "000"
+    plain = playbook(SCENARIO, *role, "-e", "reap_service_proxy_tls=none")
+    assert plain.startswith("passed"), plain
+    in_the_clear = PROXY.replace("https", "http")
+    assert service.run(f"{ask} {in_the_clear}/health") == "200"
+    assert service.run(f"curl -s -o /dev/null -w '%{{http_code}}' {in_the_clear}/health") == "401"
+    assert service.state()["container_id"] == before
+
+
 def test_a_teardown_leaves_neither_service_nor_proxy(service: Service) -> None:
     assert playbook(SCENARIO, "playbooks/teardown.yml").startswith("passed")
     service.nothing_is_left()
