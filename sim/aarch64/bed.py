@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,26 +137,39 @@ def _archive(name: str, packages: list[str], options: list[str]) -> dict[str, An
     need_space(CACHE, 6, f"the archive {name}")
     codename, sources = images.machine_sources()
     beside = target.with_suffix(".new")
-    command = ["mmdebstrap", "--quiet", "--architectures=arm64", f"--include={','.join(packages)}", *options]
-    mounted = _foreign_programs()
-    try:
+    command = [
+        "mmdebstrap",
+        "--quiet",
+        "--format=tar",
+        "--architectures=arm64",
+        f"--include={','.join(packages)}",
+        *options,
+    ]
+    with _foreign_programs():
         run(as_root([*command, codename, beside, "-"]), input_text=sources)
         run(as_root(["chown", str(os.getuid()), beside]))
         beside.rename(target)
-    finally:
-        if mounted:
-            run(as_root(["umount", "/proc/sys/fs/binfmt_misc"]))
     return {}
 
 
-def _foreign_programs() -> bool:
-    """The kernel runs arm64 programs through the emulator. Returns whether the place for that had to be mounted."""
+@contextlib.contextmanager
+def _foreign_programs() -> Iterator[None]:
+    """The kernel runs arm64 programs through the emulator meanwhile; afterwards it does what it did before."""
     place = Path("/proc/sys/fs/binfmt_misc")
     mounted = not (place / "register").exists()
     if mounted:
         run(as_root(["mount", "-t", "binfmt_misc", "binfmt_misc", place]))
-    run(as_root(["update-binfmts", "--enable", "qemu-aarch64"]))
-    return mounted
+    try:
+        known = (place / "qemu-aarch64").exists()
+        run(as_root(["update-binfmts", "--enable", "qemu-aarch64"]))
+        try:
+            yield
+        finally:
+            if not known:
+                run(as_root(["update-binfmts", "--disable", "qemu-aarch64"]))
+    finally:
+        if mounted:
+            run(as_root(["umount", place]))
 
 
 def _boot() -> dict[str, Any]:
@@ -370,6 +384,20 @@ def _alive(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
+
+
+def left_over() -> list[str]:
+    """What runs or lies here of the machines and their services; after their end it has to be nothing."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if (mark("") in words or str(CACHE) in words) and int(path.parent.name) != os.getpid():
+            found.append(f"process {path.parent.name}: {words[:160]}")
+    files = [*CACHE.glob("*.pid"), *CACHE.glob("machines/*"), *CACHE.glob("*-*/"), *CACHE.glob("*.new")]
+    return found + [str(path) for path in files if path.name != "registry-program"]
 
 
 def clean() -> None:

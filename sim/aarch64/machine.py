@@ -125,11 +125,17 @@ def _start(folder: Path, entry: dict[str, Any], source: Path | None) -> int:
             raise SimError(f"the emulator ended: {(folder / 'emulator.log').read_text().strip()[-800:]}")
         return (folder / "qmp.sock").exists()
 
-    wait_for(listens, 30, f"the emulator of {name}")
-    if source:
-        state = source / "state"
-        _monitor(folder, [_IGNORE_SHARED, ("migrate-incoming", {"uri": f"exec:cat {state}"})])
-        wait_for(lambda: _migrated(folder), 120, f"the state of {name}")
+    try:
+        wait_for(listens, 30, f"the emulator of {name}")
+        if source:
+            state = source / "state"
+            _monitor(folder, [_IGNORE_SHARED, ("migrate-incoming", {"uri": f"exec:cat {state}"})])
+            wait_for(lambda: _migrated(folder), 120, f"the state of {name}")
+    except BaseException:
+        # Nobody has noted it yet, so nobody else would end it.
+        process.kill()
+        process.wait()
+        raise
     return process.pid
 
 

@@ -6,15 +6,17 @@ Each stage prints its wall time; a failed one ends the run. What was found goes 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import platform
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,227 +24,252 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from sim.aarch64 import bed, machine
-from sim.common import GIB, SimError, say, wait_for, write_json
+from sim.common import SimError, run, say, stamp, step, write_atomic, write_json
+from tests.aarch64 import report
+from tests.aarch64.stages import STAGES
+from tests.aarch64.want import Failed, want
 
-FIRST, SECOND = "spark-aarch64", "spark-aarch64-b"
-# MemTotal of two Sparks, GiB (docs/hosts.md), and what the emulator gives for the larger one, MiB.
-MEM_TOTAL = {FIRST: 119.7, SECOND: 121.7}
-SECOND_MIB = 127048
+HERE = Path(__file__).resolve().parent
 ARTIFACTS = ROOT / "artifacts" / "aarch64"
+# The whole run, on two cores.
 LIMIT_S = 40 * 60
-
-
-class Failed(Exception):
-    """A stage did not show what it must."""
-
-
-def want(true: bool, text: str) -> None:
-    """Raises Failed with `text` unless `true`."""
-    if not true:
-        raise Failed(text)
+STRATEGIES = ("linear", "mitogen")
+Recap = dict[str, dict[str, int]]
 
 
 class Run:
     """The stages with their wall times and what each found."""
 
-    def __init__(self) -> None:
+    def __init__(self, strategy: str, sockets: Path) -> None:
+        self.strategy = strategy
         self.stages: list[dict[str, Any]] = []
         self.key = ""
+        self.began = time.monotonic()
+        self.started = now()
+        self._sockets = sockets
 
-    def stage(self, key: str, name: str, work: Callable[[], dict[str, Any] | None]) -> None:
+    def stage(self, key: str, name: str, work: Callable[[Run], dict[str, Any] | None]) -> None:
+        """Does one stage and notes what it found; a failure is noted and raised."""
         say(f"=== {name}")
         began = time.monotonic()
         self.key = key
-        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        entry: dict[str, Any] = {"stage": name, "started": started, "passed": False}
+        entry: dict[str, Any] = {"stage": name, "key": key, "started": now(), "passed": False}
         self.stages.append(entry)
         try:
-            entry["found"] = work() or {}
+            entry["found"] = work(self) or {}
             entry["passed"] = True
         except (Failed, SimError) as error:
             entry["error"] = str(error)
+            raise
+        except KeyboardInterrupt:
+            entry["error"] = "interrupted"
             raise
         finally:
             entry["seconds"] = round(time.monotonic() - began, 1)
             entry["load"] = round(os.getloadavg()[0], 1)
             say(f"=== {name}: {'passed' if entry['passed'] else 'FAILED'} after {entry['seconds']:.0f} s")
-            write_json(ARTIFACTS / f"{key}.json", {**entry, "versions": versions()})
 
-    def play(self, playbook: str, hosts: str, *options: str) -> dict[str, dict[str, int]]:
-        """Runs a playbook against the machines; returns the recap by host."""
+    def play(
+        self, playbook: str, hosts: Sequence[str], *options: str, fails: dict[str, str] | None = None
+    ) -> tuple[Recap, str]:
+        """Runs a playbook against the machines; returns the recap by host, and the log.
+
+        `fails` names the hosts that have to fail, each with a text of its error. Every other one has to do well.
+        """
+        fails = fails or {}
         log = ARTIFACTS / f"{self.key}-{Path(playbook).stem}.log"
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("ANSIBLE_")}
-        environment |= {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1", "REAP_PROGRESS": "log"}
-        environment["ANSIBLE_TIMEOUT"] = "60"
-        command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "inventories/aarch64", playbook]
+        program = str(Path(sys.executable).parent / "ansible-playbook")
+        command = [program, "-i", "inventories/aarch64", playbook, "-l", ",".join(hosts), *options]
         with log.open("w") as stream:
-            done = subprocess.run(
-                [*command, "-l", hosts, *options], cwd=ROOT, env=environment, stdout=stream, stderr=stream, check=False
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=self._environment(), stdout=stream, stderr=stream, start_new_session=True
             )
+            try:
+                process.wait()
+            except BaseException:
+                end_group(process)
+                raise
         text = log.read_text(errors="replace")
-        found = {
-            match[1]: {"changed": int(match[2]), "unreachable": int(match[3]), "failed": int(match[4])}
-            for match in re.finditer(
-                r"^(\S+)\s+: ok=\d+\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", text, re.MULTILINE
-            )
-        }
-        if done.returncode != 0:
+        found = recap_of(text)
+        try:
+            want(found.keys() == set(hosts), f"the recap has {sorted(found)}, wanted {sorted(hosts)}")
+            for host, counts in found.items():
+                wanted = 1 if host in fails else 0
+                want(
+                    counts["failed"] == wanted and counts["unreachable"] == 0,
+                    f"{host}: failed={counts['failed']} unreachable={counts['unreachable']}, wanted failed={wanted}",
+                )
+            for host, words in fails.items():
+                said = [line for line in text.splitlines() if host in line and words in line]
+                want(bool(said), f"{host} failed, but no line of it says {words!r}")
+            want((process.returncode != 0) == bool(fails), f"its exit status is {process.returncode}")
+        except Failed as error:
             tail = "\n".join(text.splitlines()[-40:])
-            raise Failed(f"{playbook} ended with {done.returncode}; {log}:\n{tail}")
-        return found
+            raise Failed(f"{playbook}: {error}; {log}:\n{tail}") from None
+        return found, text
 
-    def table(self) -> str:
-        """Stages, wall times and the load average at their ends."""
-        lines = [
-            f"  {stage['stage']:<44} {'passed' if stage['passed'] else 'FAILED':<7} {stage['seconds']:7.0f} s"
-            f"   load {stage['load']:.1f}"
-            for stage in self.stages
-        ]
-        total = sum(stage["seconds"] for stage in self.stages)
-        return "\n".join([*lines, f"  total {total:.0f} s; the limit is {LIMIT_S} s"])
+    def _environment(self) -> dict[str, str]:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("ANSIBLE_")}
+        environment |= {
+            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+            "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_TIMEOUT": "60",
+            # Connections of this run only, so that all of them can be closed at its end.
+            "ANSIBLE_SSH_CONTROL_PATH_DIR": str(self._sockets),
+            "REAP_PROGRESS": "log",
+        }
+        if self.strategy == "mitogen":
+            environment |= {
+                "PYTHONPATH": str(mitogen()),
+                "ANSIBLE_STRATEGY": "reap_mitogen",
+                "ANSIBLE_STRATEGY_PLUGINS": str(HERE / "strategy"),
+            }
+        return environment
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def result(self) -> dict[str, Any]:
+        """Everything that is kept of the run."""
+        return {
+            "started": self.started,
+            "strategy": self.strategy,
+            "seconds": round(self.seconds(), 1),
+            "limit_s": LIMIT_S,
+            "passed": bool(self.stages) and all(stage["passed"] for stage in self.stages),
+            "stages": self.stages,
+            "versions": versions(),
+        }
 
 
-def versions() -> dict[str, str]:
-    """What emulated and what was emulated."""
-    emulator = subprocess.run(["qemu-system-aarch64", "--version"], capture_output=True, text=True, check=False).stdout
-    ansible = subprocess.run(
-        [str(Path(sys.executable).parent / "ansible"), "--version"], capture_output=True, text=True, check=False
-    ).stdout
-    facts = json.loads(bed.FACTS.read_text()) if bed.FACTS.exists() else {}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def recap_of(text: str) -> Recap:
+    """What Ansible counted for each host."""
+    pattern = r"^(\S+)\s+: ok=\d+\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)"
     return {
-        "emulator": emulator.splitlines()[0] if emulator else "",
-        "ansible": ansible.splitlines()[0] if ansible else "",
+        match[1]: {"changed": int(match[2]), "unreachable": int(match[3]), "failed": int(match[4])}
+        for match in re.finditer(pattern, text, re.MULTILINE)
+    }
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """Ends a program and what it started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(10)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def mitogen() -> Path:
+    """The folder of the pinned mitogen, which is no part of the controller's requirements."""
+    lock = HERE / "mitogen.txt"
+    folder = bed.CACHE / f"mitogen.{stamp([lock])[:12]}"
+    if not folder.exists():
+        beside = folder.with_suffix(".new")
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--require-hashes", "--no-deps", "--target", beside]
+        with step("installing mitogen"):
+            shutil.rmtree(beside, ignore_errors=True)
+            run([*pip, "-r", lock])
+            beside.rename(folder)
+    return folder
+
+
+def first_line(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    return (done.stdout.splitlines() or [""])[0]
+
+
+def versions() -> dict[str, Any]:
+    """What emulated and what was emulated."""
+    facts = json.loads(bed.FACTS.read_text()) if bed.FACTS.exists() else {}
+    dirty = run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, check=False).stdout
+    return {
+        "emulator": first_line(["qemu-system-aarch64", "--version"]),
+        "ansible": first_line([str(Path(sys.executable).parent / "ansible"), "--version"]),
         "python": platform.python_version(),
         "machine_os": facts.get("disk", {}).get("os", ""),
         "machine_kernel": facts.get("boot", {}).get("kernel", ""),
-        "commit": commit.strip(),
-        "cores": str(os.cpu_count()),
+        "commit": first_line(["git", "rev-parse", "HEAD"]),
+        "changed_since_commit": [line[3:] for line in dirty.splitlines()],
+        "cores": os.cpu_count(),
     }
 
 
-def memory(name: str) -> dict[str, int]:
-    """/proc/meminfo of the machine, kB."""
-    text = machine.ssh(name, "cat /proc/meminfo")
-    return {match[1]: int(match[2]) for match in re.finditer(r"^(\w+):\s+(\d+)", text, re.MULTILINE)}
+def end_all(sockets: Path) -> None:
+    """Ends machines, services and connections; raises Failed where something of them is left."""
+    for socket in sockets.iterdir():
+        run(["ssh", "-o", f"ControlPath={socket}", "-O", "exit", "closed"], check=False)
+    machine.down(machine.all_names())
+    left = bed.left_over()
+    want(not left, "left after the end: " + "; ".join(left))
 
 
-def remote_json(name: str, path: str) -> dict[str, Any]:
-    """A JSON file of the machine; empty where it is not there."""
-    text = machine.ssh(name, f"sudo cat {path}", check=False)
-    found: dict[str, Any] = json.loads(text) if text.strip() else {}
-    return found
+def work(run_: Run, keys: Sequence[str], whole: bool, sockets: Path) -> bool:
+    """Does the stages and ends everything after a whole run; returns whether all went well."""
+    good = True
+    try:
+        for key in keys:
+            title, stage = STAGES[key]
+            run_.stage(key, title, stage)
+    except (Failed, SimError) as error:
+        say(f"FAILED: {error}")
+        good = False
+    except KeyboardInterrupt:
+        say("interrupted")
+        good = False
+    # Single stages go on from what is there, and leave it.
+    if whole:
+        try:
+            run_.stage("end", "everything has ended", lambda _: end_all(sockets))
+        except (Failed, SimError) as error:
+            say(f"FAILED: {error}")
+            good = False
+        if run_.seconds() > LIMIT_S:
+            say(f"FAILED: the run took {run_.seconds():.0f} s, wanted at most {LIMIT_S} s")
+            good = False
+    return good
 
 
-def identity(name: str) -> dict[str, Any]:
-    """It is what it should look like, without any help of the inventory."""
-    product = machine.ssh(name, "cat /sys/class/dmi/id/product_name").strip()
-    architecture = machine.ssh(name, "uname -m").strip()
-    total = memory(name)["MemTotal"]
-    want(product == "NVIDIA_DGX_Spark", f"product is {product}")
-    want(architecture == "aarch64", f"architecture is {architecture}")
-    gib = total * 1024 / GIB
-    want(abs(gib - MEM_TOTAL[name]) < 0.05, f"MemTotal of {name} is {gib:.2f} GiB, wanted {MEM_TOTAL[name]}")
-    return {"product": product, "architecture": architecture, "mem_total_kb": total}
-
-
-def unchanged(recap: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """No host was changed and none failed."""
-    want(bool(recap) and all(not any(one.values()) for one in recap.values()), f"wanted changed=0, found {recap}")
-    return {"recap": recap}
-
-
-def serving(name: str, seconds: float = 600) -> None:
-    """Waits until the service says that its model has answered."""
-    wait_for(
-        lambda: remote_json(name, "/run/reap/service.json").get("phase") == "serving",
-        seconds,
-        f"reap.service on {name}",
-        every=3.0,
-    )
-
-
-def watchdog(name: str) -> dict[str, Any]:
-    """The model's memory grows over the production floor: a kill, and the service comes back by itself."""
-    before, state = memory(name), remote_json(name, "/run/reap/watchdog.json")
-    want(state.get("floor_kb") == 8388608, f"the floor is {state.get('floor_kb')} kB, wanted the profile's 8388608")
-    grow = (before["MemAvailable"] - 7 * 1024 * 1024) * 1024
-    body = json.dumps({"bytes": grow})
-    machine.ssh(
-        name,
-        f"curl -s -m 60 -d '{body}' http://127.0.0.1:8000/double/grow",
-        check=False,
-    )
-    wait_for(
-        lambda: remote_json(name, "/run/reap/watchdog.json").get("kills", 0) > state.get("kills", 0),
-        120,
-        "the watchdog's kill",
-        every=2.0,
-    )
-    serving(name)
-    after = memory(name)
-    text = machine.ssh(name, "sudo cat /var/lib/reap/watchdog/events.jsonl")
-    events = [json.loads(line) for line in text.splitlines()]
-    kinds = [event.get("event") for event in events]
-    want("kill" in kinds and "killed" in kinds, f"events are {kinds}")
-    return {
-        "mem_available_before_kb": before["MemAvailable"],
-        "grown_by_bytes": grow,
-        "events": events[-14:],
-        "mem_available_serving_again_kb": after["MemAvailable"],
-    }
-
-
-def first_snapshot() -> dict[str, Any]:
-    """The first machine as its first boot leaves it; it is kept for later runs."""
-    if (machine.SNAPSHOTS / "fresh" / "snapshot.json").exists():
-        return {"kept": True}
-    seconds = machine.up(FIRST)["up_s"]
-    machine.snapshot(FIRST, "fresh")
-    return {"up_s": seconds}
-
-
-# key: what it shows, and the work
-STAGES: dict[str, tuple[str, Callable[[Run], dict[str, Any] | None]]] = {
-    "build": ("build (cached after the first time)", lambda run: bed.build()),
-    "boot": ("cold boot and snapshot (kept)", lambda run: first_snapshot()),
-    "restore": ("from the snapshot to SSH", lambda run: {"up_s": machine.up(FIRST, snapshot="fresh")["up_s"]}),
-    "identity": ("it looks like a Spark", lambda run: identity(FIRST)),
-    "preflight": ("preflight", lambda run: unchanged(run.play("playbooks/preflight.yml", FIRST))),
-    "memory": ("memory_fit, 119.7 GiB", lambda run: unchanged(run.play("tests/aarch64/memory.yml", FIRST))),
-    "site": ("site.yml", lambda run: {"recap": run.play("site.yml", FIRST)}),
-    "again": ("site.yml again, changed=0", lambda run: unchanged(run.play("site.yml", FIRST))),
-    "check-again": ("site.yml --check, converged", lambda run: unchanged(run.play("site.yml", FIRST, "--check"))),
-    "watchdog": ("watchdog, floor 8 GiB", lambda run: watchdog(FIRST)),
-    "second": ("second machine: cold boot", lambda run: {"up_s": machine.up(SECOND, SECOND_MIB)["up_s"]}),
-    "second-identity": ("it looks like a Spark too", lambda run: identity(SECOND)),
-    "second-memory": ("memory_fit, 121.7 GiB", lambda run: unchanged(run.play("tests/aarch64/memory.yml", SECOND))),
-}
+def interrupt(*_: object) -> None:
+    # The end of the machines is not to be interrupted once more.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main() -> int:
-    """Returns 0 when every stage passed."""
+    """Returns 0 when every stage passed, and a whole run within its limit."""
     parser = argparse.ArgumentParser(prog="make test-aarch64", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("stages", nargs="*", choices=[*STAGES, []], metavar="STAGE", help=f"of {', '.join(STAGES)}")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="linear", help="how Ansible runs its tasks")
     options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     ARTIFACTS.mkdir(parents=True, exist_ok=True)
     whole = not options.stages
-    if whole:
-        machine.down(machine.all_names())
-    run = Run()
-    try:
-        for key in options.stages or STAGES:
-            title, work = STAGES[key]
-            run.stage(key, title, functools.partial(work, run))
-    except (Failed, SimError) as error:
-        say(f"FAILED: {error}")
-        return 1
-    finally:
-        print(run.table())
-        # Single stages go on from what is there, and leave it.
+    # Short, whatever the checkout's path is: a socket's name may have 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="reap-ssh-") as name:
+        sockets = Path(name)
+        current = Run(options.strategy, sockets)
         if whole:
             machine.down(machine.all_names())
-    return 0
+        good = work(current, options.stages or list(STAGES), whole, sockets)
+        if not whole:
+            for socket in sockets.iterdir():
+                run(["ssh", "-o", f"ControlPath={socket}", "-O", "exit", "closed"], check=False)
+    result = current.result()
+    name = "result" if whole else "stages"
+    write_json(ARTIFACTS / f"{name}.json", result)
+    write_atomic(ARTIFACTS / f"{'README' if whole else 'stages'}.md", report.page(result))
+    print("\n".join(report.table(result)))
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The package indexes are asked once for each lock and each list of packages; the 
 """
 
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ import yaml
 
 from sim import images
 from sim.common import run
+from tests.aarch64.run import recap_of
+from tests.aarch64.stages import steepest_fall, want_in_order
+from tests.aarch64.want import Failed
 
 ROOT = Path(__file__).resolve().parents[3]
 CACHE = ROOT / ".cache" / "packages"
@@ -61,13 +65,57 @@ def test_a_wheel_that_is_not_in_the_lock_is_refused(tmp_path):
         wheels(wrong, tmp_path / "out")
 
 
-def packages():
-    """The distribution packages that the roles' defaults name."""
+def defaults():
+    """The defaults of all roles."""
     data = {}
-    for role in ("spark_host", "model_fetch"):
-        data |= yaml.safe_load((ROOT / f"roles/{role}/defaults/main.yml").read_text())
-    single = [data["spark_host_docker_package"], data["spark_host_gpu_runtime_package"]]
-    return sorted({*data["spark_host_packages"], *data["spark_host_docker_extra_packages"], *single})
+    for path in sorted(ROOT.glob("roles/*/defaults/main.yml")):
+        data |= yaml.safe_load(path.read_text()) or {}
+    return data
+
+
+# Names of packages that pip installs; every other one is the distribution's.
+OF_PIP = {"runtime_image_cutlass_package"}
+
+
+def packages():
+    """The distribution packages that the roles' defaults name, in whatever role."""
+    found = set()
+    for key, value in defaults().items():
+        if key.endswith(("_package", "_packages")) and not key.endswith("site_packages") and key not in OF_PIP:
+            found |= {value} if isinstance(value, str) else set(value)
+    return sorted(found)
+
+
+def test_the_packages_of_every_role_are_asked_for():
+    assert {"docker.io", "nginx", "openssl", "python3-venv", "rsync"} <= set(packages())
+    assert not any(" " in name or "=" in name for name in packages()), "a package of pip belongs to OF_PIP"
+
+
+def resolved(requirement, folder):
+    """Names of the wheels that pip would install for a Spark with all that they need; only their metadata is read."""
+    platforms = [word for name in PLATFORMS for word in ("--platform", name)]
+    chosen = ["--only-binary", ":all:", *platforms, "--implementation", "cp", "--python-version", "3.12"]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", *chosen]
+    report = folder / "report.json"
+    done = subprocess.run(
+        [*command, "--target", str(folder / "target"), "--report", str(report), requirement],
+        capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-800:]
+    return sorted(one["download_info"]["url"].rpartition("/")[2] for one in json.loads(report.read_text())["install"])
+
+
+def test_the_cutlass_layer_has_wheels_for_aarch64(tmp_path):
+    requirement = defaults()["runtime_image_cutlass_package"]
+    kept = asked_before("cutlass", requirement + str(PLATFORMS))
+    if not kept.exists():
+        names = resolved(requirement, tmp_path)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text("".join(f"{name}\n" for name in names))
+    names = kept.read_text().split()
+    compiled = [name for name in names if name.startswith("nvidia_cutlass_dsl_libs")]
+    assert compiled
+    assert all("-cp312-" in name and name.endswith("aarch64.whl") for name in compiled), compiled
 
 
 def test_every_distribution_package_exists_for_arm64(tmp_path):
@@ -105,3 +153,36 @@ def apt_candidates(names, sources, folder):
         elif line.strip().startswith("Candidate:"):
             found[name] = line.split()[1]
     return found
+
+
+# What the emulated run decides with.
+
+
+def test_the_recap_is_read_for_each_host():
+    text = (
+        "a-1   : ok=3  changed=2    unreachable=0    failed=0    skipped=1\nb : ok=0 changed=0 unreachable=1 failed=1 x"
+    )
+    assert recap_of(text) == {
+        "a-1": {"changed": 2, "unreachable": 0, "failed": 0},
+        "b": {"changed": 0, "unreachable": 1, "failed": 1},
+    }
+
+
+def event(name, phase="serving"):
+    return {"event": name, "phase": phase}
+
+
+def test_events_have_to_come_in_their_order():
+    found = [event("kill"), event("warn"), event("killed"), event("phase", "loading"), event("phase")]
+    want_in_order(found, ["kill", "killed", "phase loading", "phase serving"])
+    with pytest.raises(Failed, match="in this order"):
+        want_in_order(found, ["killed", "kill"])
+    with pytest.raises(Failed, match="release"):
+        want_in_order(found, ["kill", "release"])
+
+
+def test_the_steepest_fall_is_that_of_a_window():
+    slow = [(float(second), 100 - 2 * second) for second in range(20)]
+    assert steepest_fall(slow, 5.0) == 10
+    assert steepest_fall([(0.0, 100), (0.5, 40), (10.0, 90), (11.0, 80)], 5.0) == 60
+    assert steepest_fall([(0.0, 1), (1.0, 100)], 5.0) == 0
