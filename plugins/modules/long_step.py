@@ -8,7 +8,7 @@ module: long_step
 short_description: Run a command of minutes or hours on the host, detached, with live progress
 description:
   - Starts the command in a session of its own, so that a lost connection or an interrupted playbook does not end it.
-    A second run with the same command attaches to the one that runs.
+    A second run with the same command, or with the same O(identity), attaches to the one that runs.
   - The action plugin of the same name waits for the end and shows the progress file, as a live line for each host on a
     terminal and as a log line now and then elsewhere. REAP_PROGRESS=line|log|off on the controller forces one form,
     REAP_PROGRESS_JSON=FILE appends every update to FILE as a JSON line.
@@ -33,6 +33,11 @@ options:
       - The C(environment) keyword of a task puts its values on the remote shell's command line; use this instead.
     type: dict
     default: {}
+  identity:
+    description:
+      - What the step is about. A second run attaches where this is the same, whatever else its arguments say.
+        Default is the whole command, O(argv), O(environment) and O(chdir).
+    type: dict
   progress_file:
     description: JSON file that the command writes atomically. Default is /run/reap/progress/<step>.json.
     type: path
@@ -219,9 +224,10 @@ def _tail(path: Path) -> str:
         return ""
 
 
-def signature(argv: list[str], environment: dict[str, str], chdir: str) -> str:
+def signature(argv: list[str], environment: dict[str, str], chdir: str, identity: dict[str, Any] | None = None) -> str:
     """Identity of a command: what must be equal for a second run to attach. Secrets are not part of it."""
-    return hashlib.sha256(json.dumps([argv, environment, chdir], sort_keys=True).encode()).hexdigest()
+    what = identity if identity is not None else [argv, environment, chdir]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 class Job:
@@ -336,6 +342,7 @@ def main() -> None:
             "argv": {"type": "list", "elements": "str"},
             "environment": {"type": "dict", "default": {}},
             "secrets": {"type": "dict", "default": {}, "no_log": True},
+            "identity": {"type": "dict"},
             "progress_file": {"type": "path"},
             "chdir": {"type": "path", "default": "/"},
             "timeout": {"type": "int", "default": 0},
@@ -382,7 +389,7 @@ def main() -> None:
         if p["mode"] == "end":
             job.end()
         elif p["mode"] in ("run", "start"):
-            wanted = signature(p["argv"], environment, p["chdir"])
+            wanted = signature(p["argv"], environment, p["chdir"], p["identity"])
             started = False
             if not job.running():
                 started = job.start(
