@@ -9,7 +9,7 @@ short_description: Let hosts of one run read a verified model from each other ov
 description:
   - Each host makes a key pair whose private half never leaves it and lies in memory (a folder below /run).
   - Its public half may do one thing on the others, C(reap fetch --serve-peer), until V(absent) takes it away,
-    and for a day at most.
+    and for O(lifetime) at most.
 author: [reap]
 options:
   state:
@@ -19,7 +19,7 @@ options:
     choices: [key, present, absent]
     required: true
   folder:
-    description: Folder of the key and of the known host keys.
+    description: Folder of the key, of the known host keys and of the list of peers; what C(reap fetch --peers) reads.
     type: path
     required: true
   address:
@@ -27,9 +27,15 @@ options:
     type: str
     default: ""
   port:
-    description: SSH port of the peers.
+    description: SSH port under which the peers reach this host.
     type: int
     default: 22
+  lifetime:
+    description:
+      - Seconds after which a key that nobody took away opens nothing any more. Longer than the slowest download, for
+        the others wait for that and come with these keys.
+    type: int
+    default: 604800
   program:
     description: The reap program.
     type: path
@@ -72,8 +78,13 @@ address:
   description: user@address for the peers.
   returned: state is key
   type: str
+port:
+  description: SSH port for the peers.
+  returned: state is key
+  type: int
 """
 
+import json
 import os
 import pwd
 import shlex
@@ -84,23 +95,37 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.reap.fetch.peers import KEY, KNOWN_HOSTS, PEERS
 
 MARK = "reap-fetch-peer"
-LIFETIME_S = 86400
 
 
-def make_key(folder: Path, address: str) -> dict[str, Any]:
-    """A fresh key pair; one left from an earlier run is replaced."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700, parents=True)
-    command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", MARK, "-f", str(folder / "key")]
+def make_key(folder: Path, address: str, port: int) -> dict[str, Any]:
+    """A fresh key pair; one left from an earlier run is replaced.
+
+    In one move, and with the list of peers left in place: a fetch of a run that was interrupted may be using them.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    fresh = folder / "new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(mode=0o700)
+    command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", MARK, "-f", str(fresh / KEY)]
     subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    public = " ".join((fresh / f"{KEY}.pub").read_text().split()[:2])
+    # ssh would compare the private key with a public one beside it that is not its own.
+    (folder / f"{KEY}.pub").unlink(missing_ok=True)
+    (fresh / KEY).replace(folder / KEY)
+    shutil.rmtree(fresh)
     host_keys = [" ".join(path.read_text().split()[:2]) for path in sorted(Path("/etc/ssh").glob("ssh_host_*_key.pub"))]
-    return {
-        "public_key": " ".join((folder / "key.pub").read_text().split()[:2]),
-        "host_keys": host_keys,
-        "address": f"{login()}@{address}",
-    }
+    return {"public_key": public, "host_keys": host_keys, "address": f"{login()}@{address}", "port": port}
+
+
+def write(path: Path, text: str) -> None:
+    """In one move: a fetch may be reading it."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(text)
+    beside.replace(path)
 
 
 def login() -> str:
@@ -138,6 +163,7 @@ def main() -> None:
             "folder": {"type": "path", "required": True},
             "address": {"type": "str", "default": ""},
             "port": {"type": "int", "default": 22},
+            "lifetime": {"type": "int", "default": 604800},
             "program": {"type": "path"},
             "models": {"type": "path"},
             "peers": {"type": "list", "elements": "dict", "default": []},
@@ -148,21 +174,22 @@ def main() -> None:
     folder = Path(p["folder"])
     try:
         if p["state"] == "key":
-            module.exit_json(changed=True, **make_key(folder, p["address"]))
+            module.exit_json(changed=True, **make_key(folder, p["address"], p["port"]))
         if p["state"] == "absent":
             rewrite([])
             shutil.rmtree(folder, ignore_errors=True)
             module.exit_json(changed=True)
         command = shlex.join([p["program"], "fetch", "--serve-peer", "--models", p["models"]])
-        until = time.strftime("%Y%m%d%H%M", time.localtime(time.time() + LIFETIME_S))
+        until = time.strftime("%Y%m%d%H%M", time.localtime(time.time() + p["lifetime"]))
         options = f'restrict,expiry-time="{until}",command="{command}"'
         rewrite([f"{options} {peer['public_key']} {MARK}" for peer in p["peers"]])
         lines = []
         for peer in p["peers"]:
-            host = str(peer["address"]).rpartition("@")[2]
-            name = host if p["port"] == 22 else f"[{host}]:{p['port']}"
+            host, port = str(peer["address"]).rpartition("@")[2], int(peer["port"])
+            name = host if port == 22 else f"[{host}]:{port}"
             lines += [f"{name} {key}\n" for key in peer["host_keys"]]
-        (folder / "known_hosts").write_text("".join(lines))
+        write(folder / KNOWN_HOSTS, "".join(lines))
+        write(folder / PEERS, json.dumps([{"address": peer["address"], "port": peer["port"]} for peer in p["peers"]]))
     except subprocess.CalledProcessError as error:
         module.fail_json(msg=f"ssh-keygen failed: {error.stderr.decode(errors='replace').strip()}")
     except OSError as error:

@@ -32,6 +32,15 @@ options:
     description: The downloader's virtual environment.
     type: path
     required: true
+  imports:
+    description: Folders on the host that the revision may be taken from.
+    type: list
+    elements: path
+    default: []
+  fleet:
+    description: Whether this host takes the model from others and gives it; told back, so that the others can see it.
+    type: bool
+    default: false
   requirements_sha256:
     description: sha256 of the pinned requirements that the virtual environment must have been made from.
     type: str
@@ -81,6 +90,14 @@ dest:
   description: Folder of the revision.
   returned: success
   type: str
+importable:
+  description: One of O(imports) has the revision.
+  returned: success
+  type: bool
+fleet:
+  description: O(fleet).
+  returned: success
+  type: bool
 missing_packages:
   description: Distribution packages that a download or a copy from another host needs and that are missing.
   returned: success
@@ -88,13 +105,14 @@ missing_packages:
   elements: str
 """
 
+import contextlib
 import importlib.util
 import shutil
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.reap.errors import ReapError
-from ansible.module_utils.reap.fetch import downloader
+from ansible.module_utils.reap.fetch import downloader, local
 from ansible.module_utils.reap.fetch.state import inspect
 
 
@@ -102,6 +120,15 @@ def missing_packages() -> list[str]:
     """Names of the distribution's packages for what is not there."""
     missing = [] if importlib.util.find_spec("ensurepip") is not None else ["python3-venv"]
     return missing + [name for name in ("rsync",) if shutil.which(name) is None]
+
+
+def importable(folders: list[str], repo: str, revision: str) -> bool:
+    """Whether one of the folders has the revision; the fetch itself says what is wrong with one that has not."""
+    for folder in folders:
+        with contextlib.suppress(ReapError, OSError):
+            local.find(Path(folder), repo, revision)
+            return True
+    return False
 
 
 def main() -> None:
@@ -113,6 +140,8 @@ def main() -> None:
             "dest": {"type": "path", "required": True},
             "expect": {"type": "dict", "default": {}},
             "downloader": {"type": "path", "required": True},
+            "imports": {"type": "list", "elements": "path", "default": []},
+            "fleet": {"type": "bool", "default": False},
             "requirements_sha256": {"type": "str", "required": True},
         },
         supports_check_mode=True,
@@ -130,6 +159,8 @@ def main() -> None:
         begun=state.begun,
         downloader=downloader.state(Path(p["downloader"]), p["requirements_sha256"]),
         dest=p["dest"],
+        importable=not state.ready and importable(p["imports"], p["repo"], p["revision"]),
+        fleet=p["fleet"],
         missing_packages=missing_packages(),
     )
 

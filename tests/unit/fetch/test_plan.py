@@ -148,6 +148,18 @@ def test_progress_has_rate_and_time_left(tmp_path: Path) -> None:
     assert [p.name for p in file.parent.iterdir()] == ["p.json"]
 
 
+def test_a_secret_that_somebody_else_quotes_is_in_no_progress_file(tmp_path: Path) -> None:
+    file = tmp_path / "p.json"
+    watched = progress.Progress(file, "x", every_s=0, secret="sesame")
+    watched.update(1, detail="503: you sent sesame", source="hub sesame")
+    assert json.loads(file.read_text())["detail"] == "503: you sent ***"
+    assert "sesame" not in file.read_text()
+    watched.done("sesame")
+    assert "sesame" not in file.read_text()
+    watched.failed("refused sesame")
+    assert json.loads(file.read_text())["error"] == "refused ***"
+
+
 def test_progress_that_cannot_be_written_fails_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     watched = progress.Progress(tmp_path / "file" / "p.json", "x")

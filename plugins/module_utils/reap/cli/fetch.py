@@ -11,15 +11,17 @@ from pathlib import Path
 from types import FrameType
 
 from ..errors import ReapError
-from ..fetch import downloader, engine, peers, store
+from ..fetch import downloader, engine, inuse, peers, store
 from ..fetch.hub import Settings
-from ..fetch.progress import Progress
+from ..fetch.progress import Progress, without
 from ..fetch.state import inspect
 
 HELP = "download, verify or import a model revision"
 
-# Files that say which model the host serves and which it would go back to.
-SERVICE_FILES = ("/etc/reap/service.json", "/etc/reap/service.previous.json")
+# What says which models are in use: the wanted configuration, those that served before, and the running one.
+SERVICE_FILE = Path("/etc/reap/service.json")
+GENERATIONS = Path("/var/lib/reap/service/generations")
+SERVICE_STATE = Path("/run/reap/service.json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,17 +88,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--service-file",
         type=Path,
-        action="append",
+        default=SERVICE_FILE,
         metavar="FILE",
-        help=f"with --prune: keep the model this file names (default: {', '.join(SERVICE_FILES)})",
+        help=f"what is to be served; its model is in use and stays (default: {SERVICE_FILE})",
     )
     parser.add_argument(
-        "--peer", action="append", default=[], metavar="USER@HOST", help="host to take from; repeatable"
+        "--generations",
+        type=Path,
+        default=GENERATIONS,
+        metavar="DIR",
+        help=f"configurations that the service could go back to; their models stay (default: {GENERATIONS})",
     )
-    parser.add_argument("--peer-key", type=Path, metavar="FILE", help="private key for the peers")
-    parser.add_argument("--peer-known-hosts", type=Path, metavar="FILE", help="the peers' host keys")
-    parser.add_argument("--peer-port", type=int, default=22, metavar="N", help="SSH port of the peers")
-    parser.add_argument("--peer-wait", type=float, default=0, metavar="S", help="wait so long for a peer to begin")
+    parser.add_argument(
+        "--service-state",
+        type=Path,
+        default=SERVICE_STATE,
+        metavar="FILE",
+        help=f"what is running (default: {SERVICE_STATE})",
+    )
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        metavar="DIR",
+        help="take it from other hosts first: peers.json (address and port of each), known_hosts and the private key",
+    )
+    parser.add_argument(
+        "--peer-wait",
+        type=float,
+        default=0,
+        metavar="S",
+        help="ask the hub when for so long no peer had the model or was getting it",
+    )
     parser.add_argument(
         "--serve-peer",
         action="store_true",
@@ -161,13 +183,14 @@ def run(args: argparse.Namespace) -> int:
         verify=args.verify,
         reserve=args.reserve_bytes,
         models=args.models,
+        kept=_kept(args),
         imports=tuple(path.absolute() for path in args.imports),
         offline=args.offline,
         hash_workers=args.hash_workers,
         lock_wait_s=args.lock_wait,
-        peers=peers.Access(
-            tuple(args.peer), args.peer_key, args.peer_known_hosts, args.peer_port, args.peer_wait, args.stall_timeout
-        ),
+        peers=None
+        if args.peers is None
+        else peers.Access(args.peers, args.peer_wait, args.stall_timeout, args.min_rate),
         settings=Settings(
             python=args.downloader,
             workers=args.workers,
@@ -178,13 +201,13 @@ def run(args: argparse.Namespace) -> int:
             token=token,
         ),
     )
-    progress = Progress(args.progress, "model_fetch")
+    progress = Progress(args.progress, "model_fetch", secret=token)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         outcome = engine.fetch(request, progress)
     except ReapError as error:
-        progress.failed(_without(str(error), token))
-        raise ReapError(_without(str(error), token)) from None
+        progress.failed(str(error))
+        raise ReapError(without(str(error), token)) from None
     except KeyboardInterrupt:
         progress.failed("interrupted; run it again and it goes on where it was")
         print("reap fetch: interrupted; run it again and it goes on where it was", file=sys.stderr)
@@ -192,18 +215,21 @@ def run(args: argparse.Namespace) -> int:
     progress.update(outcome.size, total=outcome.size)
     progress.done(f"{outcome.files} files")
     for warning in outcome.warnings:
-        print(f"reap fetch: {warning}", file=sys.stderr)
-    print(engine.result_line(outcome))
+        print(f"reap fetch: {without(warning, token)}", file=sys.stderr)
+    print(without(engine.result_line(outcome), token))
     return 0
+
+
+def _kept(args: argparse.Namespace) -> tuple[str, ...] | None:
+    """Models in use; None where that is unknown, which is no reason not to fetch."""
+    try:
+        return tuple(inuse.models([args.service_file], args.generations, args.service_state))
+    except ReapError:
+        return None
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _without(text: str, token: str | None) -> str:
-    """A message that may quote the hub's, without the token."""
-    return text.replace(token, "***") if token else text
 
 
 def _manage(args: argparse.Namespace) -> int:
@@ -213,8 +239,8 @@ def _manage(args: argparse.Namespace) -> int:
         found = store.revisions(args.models)
         print(json.dumps({"changed": False, "revisions": [{n: getattr(r, n) for n in r.__slots__} for r in found]}))
         return 0
-    files = args.service_file if args.service_file is not None else [Path(name) for name in SERVICE_FILES]
-    removed = store.prune(args.models, args.prune, args.keep + store.in_use(files), dry_run=args.dry_run)
+    used = inuse.models([args.service_file], args.generations, args.service_state)
+    removed = store.prune(args.models, args.prune, args.keep + used, dry_run=args.dry_run)
     print(
         json.dumps(
             {

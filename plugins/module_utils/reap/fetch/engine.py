@@ -29,7 +29,8 @@ class Request:
 
     ``verify``: ``trust`` believes the manifest where size, mtime and inode are the verified file's; ``full`` reads all.
     ``reserve``: stays free on the disk. ``imports``: folders to take from before anything else.
-    ``offline``: the hub is never asked; hashes then come from the folders.
+    ``offline``: the hub is never asked; hashes then come from the folders or from other hosts.
+    ``kept``: folders of models that are in use, not to be named where room is wanted; None: unknown.
     """
 
     repo: str
@@ -39,6 +40,7 @@ class Request:
     verify: str = "trust"
     reserve: int = 0
     models: Path | None = None
+    kept: tuple[str, ...] | None = ()
     imports: tuple[Path, ...] = ()
     offline: bool = False
     hash_workers: int = 0
@@ -178,7 +180,7 @@ class _Run:
 
     def _build(self) -> None:
         request, partial = self.request, self.partial
-        sources = [local.find(path, request.repo, request.revision) for path in request.imports]
+        sources = self._sources()
         partial.open()
         record = mf.load(partial.folder)
         if record is not None and (record.repo, record.commit) == (request.repo, request.revision):
@@ -186,9 +188,11 @@ class _Run:
             partial.journal.add_all(record.files.values())
         local.leftover_download(partial)
         have: dict[str, mf.Entry] = {}
-        if request.peers is not None and request.peers.addresses and not sources:
+        if self._has_peers and not sources:
+            assert request.peers is not None
             plan = self._from_peers(request.peers, have)
             if plan is not None:
+                partial.clean(plan)
                 self._finish(plan, have)
                 return
         plan = self._plan(sources)
@@ -202,11 +206,18 @@ class _Run:
         # Only what this plan wants: a peer may have given other files.
         have = mf.trusted(partial.folder, partial.journal.read(), plan)
         missing = sum(want.size for name, want in plan.items() if name not in have) - partial.begun(plan)
-        store.check_space(request.dest, max(0, missing), request.reserve, request.models)
+        self._check_space(missing)
 
         for source in sources:
             self._import(source, plan, have)
         todo = [want for want in download_order(plan) if want.name not in have]
+        if todo and request.offline and self._has_peers:
+            assert request.peers is not None
+            given = self._from_peers(request.peers, have)
+            if given is not None:
+                partial.clean(given)
+                self._finish(given, have)
+                return
         if todo and request.offline:
             raise ReapError(
                 f"{_some([want.name for want in todo])} of {self.what} cannot be had from {_folders(sources)}, "
@@ -215,6 +226,29 @@ class _Run:
         if todo:
             self._download(todo, plan, have)
         self._finish(plan, have)
+
+    @property
+    def _has_peers(self) -> bool:
+        return self.request.peers is not None and bool(self.request.peers.peers())
+
+    def _sources(self) -> list[local.Source]:
+        """The folders to import from that have the revision.
+
+        In a fleet the disk is at one host while the setting is everybody's: the others take it from that one.
+        """
+        found = []
+        for path in self.request.imports:
+            try:
+                found.append(local.find(path, self.request.repo, self.request.revision))
+            except ReapError as error:
+                if not self._has_peers:
+                    raise
+                self.outcome.warnings.append(f"{error}; looked for on the other hosts")
+        return found
+
+    def _check_space(self, missing: int) -> None:
+        request = self.request
+        store.check_space(request.dest, max(0, missing), request.reserve, request.models, request.kept)
 
     def _read(self, count: int) -> None:
         with self._guard:
@@ -228,8 +262,10 @@ class _Run:
             # A disk that was tampered with agrees with itself; where the hub can be asked, its word counts.
             return self._open_hub().listing()
         if not sources:
+            said = "".join(f" {warning}." for warning in self.outcome.warnings)
             raise ReapError(
-                f"no other host gives {self.what}, and the hub is switched off. Give a source with --import."
+                f"no other host gives {self.what}, and the hub is switched off. Give a source with --import, or begin "
+                f"with the host that has one.{said}"
             )
         plan = next((source.plan for source in sources if source.plan is not None), None)
         if plan is None:
@@ -273,7 +309,9 @@ class _Run:
             local.adopt(partial, wanted, request.repo, request.revision, self._read)
             have.update(mf.trusted(partial.folder, partial.journal.read(), wanted))
             missing = {name: want for name, want in wanted.items() if name not in have}
-            store.check_space(request.dest, sum(w.size for w in missing.values()), request.reserve, request.models)
+            # What the hub began is on the disk already, and a peer goes on with it.
+            partial.lend(missing)
+            self._check_space(sum(want.size for want in missing.values()) - partial.landed(missing))
             done = shown = sum(entry.size for entry in have.values())
             (partial.work / FILLING).touch()
             total = sum(want.size for want in wanted.values())
@@ -386,6 +424,11 @@ class _Run:
         if lost := sorted(set(plan) - set(mf.trusted(partial.folder, have, plan))):
             raise ReapError(
                 f"{lost[0]} changed under this program's hands; another one works in {partial.folder}. Run this again"
+            )
+        if extra := sorted(set(mf.walk(partial.folder)) - set(plan)):
+            raise ReapError(
+                f"{partial.folder} holds {_some(extra)}, which the revision does not have; another program writes into "
+                "that folder. Stop it, then run this again."
             )
         if request.expect:
             check_config(partial.folder, request.expect, self.what)

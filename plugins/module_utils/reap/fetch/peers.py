@@ -39,16 +39,56 @@ _ADDRESS = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_:.\[\]%-]+")
 _RSYNC_WORD = re.compile(r"-[A-Za-z]+(?:\.[A-Za-z]*)?(?:e[0-9]*\.[A-Za-z]*)?|--inplace|--partial|--timeout=[0-9]+")
 
 
+KEY, KNOWN_HOSTS, PEERS = "key", "known_hosts", "peers.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another host: user@host, and the port of its SSH."""
+
+    address: str
+    port: int = 22
+
+
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How this host reaches its peers. ``wait_s``: how long to wait for one to begin before the hub is asked."""
+    """How this host reaches its peers.
 
-    addresses: tuple[str, ...]
-    key: Path | None = None
-    known_hosts: Path | None = None
-    port: int = 22
+    ``folder`` holds the key, the peers' host keys and peers.json, ``[{"address", "port"}]``. It is read at each look: a
+    play that was interrupted and runs again may come with other peers and another key, and this fetch goes on.
+    ``wait_s``: how long after the last sign of a peer that has or will have the model the hub is asked. A copy that
+    moves less than ``min_rate`` bytes a second for ``stall_s`` is ended.
+    """
+
+    folder: Path | None = None
     wait_s: float = 0.0
     stall_s: float = 60.0
+    min_rate: int = 32 * 1024
+    fixed: tuple[Peer, ...] = ()
+
+    def peers(self) -> tuple[Peer, ...]:
+        """The other hosts as they are known now.
+
+        Raises:
+            ReapError: the file of peers is none, or names something else than hosts.
+        """
+        found = self.fixed
+        if self.folder is not None:
+            path = self.folder / PEERS
+            try:
+                listed = json.loads(path.read_text(encoding="utf-8"))
+                found += tuple(Peer(str(item["address"]), int(item["port"])) for item in listed)
+            except FileNotFoundError:
+                # The run that made it is over and has taken its keys away.
+                return found
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ReapError(
+                    f"{path} cannot be read ({error}); wanted a list of address and port, as role model_fetch writes it"
+                ) from error
+        for peer in found:
+            if not _ADDRESS.fullmatch(peer.address) or peer.address.startswith("-") or not 0 < peer.port < 65536:
+                raise ReapError(f"the peer is {peer.address!r}, port {peer.port}; wanted user@host and 1 to 65535")
+        return found
 
 
 # --- the giving side ---
@@ -141,9 +181,6 @@ class Peers:
         note: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
-        for address in access.addresses:
-            if not _ADDRESS.fullmatch(address) or address.startswith("-"):
-                raise ReapError(f"the peer is {address!r}; wanted user@host")
         self.access = access
         self.repo = repo
         self.revision = revision
@@ -152,22 +189,21 @@ class Peers:
         self._warn = warn
         self._bad: dict[str, int] = {}
 
-    def _ssh(self) -> list[str]:
-        access = self.access
-        options = ["ssh", "-p", str(access.port), "-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
+    def _ssh(self, peer: Peer) -> list[str]:
+        folder = self.access.folder
+        options = ["ssh", "-p", str(peer.port), "-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
         options += ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3"]
         # The content is public or protected by the network; what counts is the sha256 afterwards.
         options += ["-o", "Compression=no", "-o", "ForwardAgent=no", "-o", "ClearAllForwardings=yes"]
-        if access.key is not None:
-            options += ["-i", str(access.key), "-o", "IdentitiesOnly=yes"]
-        if access.known_hosts is not None:
-            options += ["-o", f"UserKnownHostsFile={access.known_hosts}", "-o", "StrictHostKeyChecking=yes"]
+        if folder is not None:
+            options += ["-i", str(folder / KEY), "-o", "IdentitiesOnly=yes"]
+            options += ["-o", f"UserKnownHostsFile={folder / KNOWN_HOSTS}", "-o", "StrictHostKeyChecking=yes"]
         return options
 
-    def _ask(self, address: str) -> dict[str, object]:
+    def _ask(self, peer: Peer) -> dict[str, object]:
         try:
             done = subprocess.run(
-                [*self._ssh(), address, f"have {self.repo} {self.revision}"],
+                [*self._ssh(peer), peer.address, f"have {self.repo} {self.revision}"],
                 capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=30, check=False,
             )  # fmt: skip
             reply = json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else {}
@@ -192,15 +228,17 @@ class Peers:
         Returns:
             The last giver's address, or None when nobody has the revision or will have it.
         """
-        began = time.monotonic()
+        began = hoped = time.monotonic()
+        last_look = False
         while True:
             states: dict[str, str] = {}
-            order = list(self.access.addresses)
+            order = list(self.access.peers())
             random.shuffle(order)
-            for address in order:
+            for peer in order:
+                address = peer.address
                 if self._bad.get(address, 0) >= 2:
                     continue
-                reply = self._ask(address)
+                reply = self._ask(peer)
                 state = states[address] = str(reply.get("state", "unreachable"))
                 if state != "ready":
                     continue
@@ -210,7 +248,7 @@ class Peers:
                     self._warn(f"{address}: has other files than the hub lists")
                     continue
                 missing = begin(theirs, address)
-                problem = self._copy(address, partial, missing, have, moved)
+                problem = self._copy(peer, partial, missing, have, moved)
                 if problem is None:
                     return address
                 # From here this host waits itself, and nobody may wait for it.
@@ -218,18 +256,26 @@ class Peers:
                 if problem != "busy":
                     self._bad[address] = self._bad.get(address, 0) + 1
                     self._warn(f"{address}: {problem}")
-            hope = any(state in ("ready", "busy", "filling") for state in states.values())
-            waited = time.monotonic() - began
-            # Where every peer has failed for good there is nobody to wait for.
-            if not hope and (not states or waited >= self.access.wait_s):
+            now = time.monotonic()
+            if any(state in ("ready", "busy", "filling") for state in states.values()):
+                # From here, not from the begin: after hours of waiting one look at a network that was away for a
+                # moment must not send a whole fleet to the hub.
+                hoped, last_look = now, False
+            elif not states or not self.access.wait_s:
+                # Where every peer has failed for good there is nobody to wait for.
                 return None
-            self._note(f"waiting for a peer: {', '.join(f'{a} {s}' for a, s in sorted(states.items())) or 'none left'}")
+            elif now - hoped >= self.access.wait_s:
+                # Once more before it leaves for good: the one before it in the order may have begun just now.
+                if last_look:
+                    return None
+                last_look = True
+            self._note(f"waiting for a peer: {', '.join(f'{a} {s}' for a, s in sorted(states.items()))}")
             # Each look is a login on every other host: seldom where it has taken minutes already.
-            time.sleep(random.uniform(0.5, 1.5) * min(10.0, 1 + waited / 60))
+            time.sleep(random.uniform(0.5, 1.5) * min(10.0, 1 + (now - began) / 60))
 
     def _copy(
         self,
-        address: str,
+        peer: Peer,
         partial: store.Partial,
         missing: Mapping[str, Want],
         have: Callable[[mf.Entry], None],
@@ -251,7 +297,7 @@ class Peers:
         for name in mf.walk(partial.folder):
             if name not in missing:
                 command.append(f"--exclude=/{_pattern(name)}")
-        command += ["-e", shlex.join(self._ssh()), f"{address}:{self.dest}/", f"{landing}/"]
+        command += ["-e", shlex.join(self._ssh(peer)), f"{peer.address}:{self.dest}/", f"{landing}/"]
         errors: list[str] = []
 
         def verify(name: str) -> None:
@@ -272,10 +318,27 @@ class Peers:
         except OSError as error:
             raise ReapError(f"rsync cannot be started ({error.strerror}); install the package rsync") from error
         over = threading.Event()
+        access = self.access
+        stalled: list[str] = []
 
         def watch() -> None:
-            while not over.wait(1.0):
-                moved({name: found.st_size for name, found in mf.walk(landing).items()})
+            # rsync's own timeout sees a connection that is silent, and not one that trickles. The most that each file
+            # ever had: one that was verified, or was wrong, is not there any more.
+            most: dict[str, int] = {}
+            mark, marked = -1, time.monotonic()
+            while not over.wait(min(1.0, access.stall_s / 4)):
+                sizes = {name: found.st_size for name, found in mf.walk(landing).items()}
+                moved(sizes)
+                for name, size in sizes.items():
+                    most[name] = max(size, most.get(name, 0))
+                total, now = sum(most.values()), time.monotonic()
+                if mark < 0 or total - mark >= access.min_rate * access.stall_s:
+                    mark, marked = total, now
+                elif now - marked >= access.stall_s and process.poll() is None and not stalled:
+                    stalled.append(f"the copy stalled ({total - mark} bytes in {now - marked:.0f} s)")
+                    process.terminate()
+                elif stalled and now - marked >= 2 * access.stall_s:
+                    process.kill()
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
@@ -302,6 +365,8 @@ class Peers:
                 process.wait()
         if errors:
             return errors[0]
+        if stalled:
+            return stalled[0]
         if status != 0:
             if any("reap: busy" in line for line in said):
                 return "busy"

@@ -30,11 +30,18 @@ def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
         raise
 
 
+def without(text: str, secret: str | None) -> str:
+    """A text that may quote somebody else's message, without the secret."""
+    return text.replace(secret, "***") if secret else text
+
+
 class Progress:
     """Writes one JSON object: step, state, done, total, unit, rate, eta_s, detail, source, updated_unix, error.
 
     ``rate`` is in units per second over the last 15 seconds of the monotonic clock, so a clock that jumps bends
     nothing but ``updated_unix``. A progress file that cannot be written never fails the step.
+
+    The file may be read by everyone, and its texts quote what a hub or another host said: ``secret`` is masked in them.
     """
 
     def __init__(
@@ -47,9 +54,11 @@ class Progress:
         *,
         every_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
+        secret: str | None = None,
     ) -> None:
         self.path = path
         self.every_s = every_s
+        self._secret = secret
         self._clock = clock
         self._lock = threading.Lock()
         self._points: deque[tuple[float, int]] = deque()
@@ -75,7 +84,7 @@ class Progress:
         with self._lock:
             for key, value in (("done", done), ("total", total), ("detail", detail), ("source", source)):
                 if value is not None:
-                    self.state[key] = value
+                    self.state[key] = without(value, self._secret) if isinstance(value, str) else value
             now = self._clock()
             if done is not None:
                 self._measure(now, done)
@@ -109,7 +118,8 @@ class Progress:
 
     def _end(self, state: str, detail: str, error: str | None) -> None:
         with self._lock:
-            self.state.update(state=state, detail=detail, error=error, rate=None, eta_s=None)
+            self.state.update(state=state, detail=without(detail, self._secret), rate=None, eta_s=None)
+            self.state["error"] = None if error is None else without(error, self._secret)
             self._write(self._clock())
 
     def _write(self, now: float) -> None:

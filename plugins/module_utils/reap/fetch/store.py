@@ -3,6 +3,7 @@
 <models>/<owner>/<name>/<commit>            a revision that is whole and verified; it got this name by one rename
 <models>/<owner>/<name>/<commit>.partial    one that is not; its ``.reap`` holds the plan, the journal and begun files
 <models>/<owner>/<name>/.<commit>.lock      held by the one writer; the kernel frees it when the holder dies
+<models>/<owner>/<name>/.<commit>.removed   one that is being removed, or what is left where that was cut off
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import ReapError
 from . import manifest as mf
 from .plan import MANIFEST, WORK, Want, listing, plan_from_listing
 from .progress import write_json
+
+_REMOVED = ".removed"
 
 
 def partial_of(dest: Path) -> Path:
@@ -141,6 +143,22 @@ class Partial:
             if begun.is_file() and not begun.is_symlink():
                 begun.replace(self.part(want))
 
+    def lend(self, plan: Mapping[str, Want]) -> None:
+        """The other way round: let a peer continue the files that the hub began."""
+        for want in plan.values():
+            part, landing = self.part(want), self.landing / want.name
+            if part.is_file() and not part.is_symlink() and not landing.exists():
+                landing.parent.mkdir(parents=True, exist_ok=True)
+                part.replace(landing)
+
+    def landed(self, plan: Mapping[str, Want]) -> int:
+        """Bytes of files that peers began to give."""
+        total = 0
+        for want in plan.values():
+            with contextlib.suppress(OSError):
+                total += min(want.size, (self.landing / want.name).lstat().st_size)
+        return total
+
     def clean(self, plan: Mapping[str, Want]) -> list[str]:
         """Take away what the revision does not have; returns the names of files that were removed."""
         removed = []
@@ -186,7 +204,11 @@ def _sync(folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """One revision below the models' folder; ``state`` is ready, unverified (no manifest) or partial; size in bytes."""
+    """One revision below the models' folder, size in bytes.
+
+    ``state``: ready, unverified (no manifest), partial (not whole yet) or removing (the rest of a removal that was cut
+    off).
+    """
 
     repo: str
     commit: str
@@ -200,7 +222,11 @@ def revisions(models: Path) -> list[Revision]:
     """Every revision below ``<models>/<owner>/<name>/``, the largest first."""
     found = []
     for folder in sorted(models.glob("*/*/*")):
-        commit, _, suffix = folder.name.partition(".")
+        name, state = folder.name, "unverified"
+        if name.startswith(".") and name.endswith(_REMOVED):
+            # A removal was cut off; what is left takes room and is no model any more.
+            name, state = name[1:].removesuffix(_REMOVED), "removing"
+        commit, _, suffix = name.partition(".")
         if not folder.is_dir() or folder.is_symlink() or len(commit) != 40 or suffix not in ("", "partial"):
             continue
         size = 0
@@ -208,7 +234,8 @@ def revisions(models: Path) -> list[Revision]:
             for name in names:
                 with contextlib.suppress(OSError):
                     size += (Path(root) / name).lstat().st_blocks * 512
-        state = "partial" if suffix else "ready" if (folder / MANIFEST).is_file() else "unverified"
+        if state != "removing":
+            state = "partial" if suffix else "ready" if (folder / MANIFEST).is_file() else state
         repo = f"{folder.parent.parent.name}/{folder.parent.name}"
         found.append(Revision(repo, commit, str(folder), size, state, folder.stat().st_mtime))
     return sorted(found, key=lambda r: (-r.size, r.path))
@@ -221,8 +248,11 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def check_space(dest: Path, missing: int, reserve: int, models: Path | None) -> None:
+def check_space(dest: Path, missing: int, reserve: int, models: Path | None, kept: Collection[str] | None = ()) -> None:
     """Refuse before the first byte when the rest of the revision and the reserve do not fit.
+
+    Args:
+        kept: folders of models that are in use and not to be named for removal; None: unknown, so that none is named.
 
     Raises:
         ReapError: names what is there, what is wanted, and the revisions that could be removed.
@@ -230,7 +260,10 @@ def check_space(dest: Path, missing: int, reserve: int, models: Path | None) -> 
     free = free_bytes(dest)
     if free >= missing + reserve:
         return
-    others = [r for r in revisions(models) if r.path not in (str(dest), str(partial_of(dest)))] if models else []
+    others: list[Revision] = []
+    if models is not None and kept is not None:
+        stays = {os.path.realpath(path) for path in (str(dest), *kept)}
+        others = [r for r in revisions(models) if _final(r) not in stays]
     could = "; ".join(f"{r.path} ({r.state}, {gigabytes(r.size)})" for r in others[:5])
     raise ReapError(
         f"the disk of {dest.parent} has {gigabytes(free)} free; wanted {gigabytes(missing)} for the model and "
@@ -238,7 +271,9 @@ def check_space(dest: Path, missing: int, reserve: int, models: Path | None) -> 
         + (
             f"Could be removed with `reap fetch --prune`: {could}."
             if could
-            else "No other model revision is there to remove."
+            else "It could not be found out which models are in use, so none is named for removal."
+            if kept is None
+            else "No model revision is there that nothing needs."
         )
     )
 
@@ -252,47 +287,22 @@ def gigabytes(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def in_use(state_files: list[Path]) -> list[str]:
-    """Paths of models that a service file names anywhere (``model_dir`` keys at any depth)."""
-    found: list[str] = []
-
-    def visit(value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                if key == "model_dir" and isinstance(inner, str):
-                    found.append(os.path.realpath(inner))
-                visit(inner)
-        elif isinstance(value, list):
-            for inner in value:
-                visit(inner)
-
-    for path in state_files:
-        try:
-            visit(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            raise ReapError(
-                f"{path} cannot be read ({error}), so it is unknown which model is served; nothing was removed"
-            ) from error
-    return found
-
-
 def prune(models: Path, names: list[str], keep: list[str], *, dry_run: bool) -> list[Revision]:
     """Remove the named revisions (``owner/name@commit``, or ``unused`` for all that nothing keeps).
 
     Args:
-        keep: paths that must stay, as ``in_use`` and the caller name them.
+        keep: paths that must stay, as ``inuse.models`` and the caller name them.
 
     Raises:
-        ReapError: a name is unknown, or names a revision that is kept or being fetched; then nothing is removed.
+        ReapError: a name is unknown or names a revision that is kept: then nothing is removed. Or one of them is being
+            fetched, or the disk refuses: then those before it, in the order of ``revisions``, are gone already.
     """
     known = revisions(models)
     kept = {os.path.realpath(path) for path in keep}
     chosen: list[Revision] = []
     for name in names:
         if name == "unused":
-            chosen += [r for r in known if os.path.realpath(r.path.removesuffix(".partial")) not in kept]
+            chosen += [r for r in known if _final(r) not in kept]
             continue
         matches = [r for r in known if name in (f"{r.repo}@{r.commit}", r.path)]
         if not matches:
@@ -300,19 +310,35 @@ def prune(models: Path, names: list[str], keep: list[str], *, dry_run: bool) -> 
                 f"{name} is no revision below {models}; there are: {', '.join(_label(r) for r in known) or 'none'}"
             )
         for revision in matches:
-            if os.path.realpath(revision.path) in kept:
-                raise ReapError(f"{_label(revision)} is served or the one to go back to; it is not removed")
+            if revision.state != "removing" and os.path.realpath(revision.path) in kept:
+                raise ReapError(f"{_label(revision)} is served, or the service could go back to it; it is not removed")
         chosen += matches
+    chosen = [r for r in known if r in chosen]
     if dry_run:
         return chosen
     for revision in chosen:
-        with exclusive(Path(revision.path.removesuffix(".partial")), lambda _: None, limit_s=0):
-            # Renamed first: a removal that is cut off leaves no folder that looks like a model.
-            doomed = Path(revision.path).with_name(f".{Path(revision.path).name}.removed")
-            Path(revision.path).rename(doomed)
-            shutil.rmtree(doomed)
-        lock_of(Path(revision.path.removesuffix(".partial"))).unlink(missing_ok=True)
+        folder = Path(revision.path)
+        try:
+            # The lock file stays: who waits for it would hold a lock that nobody else can see.
+            with exclusive(folder.with_name(revision.commit), lambda _: None, limit_s=0):
+                doomed = folder
+                if revision.state != "removing":
+                    # Renamed first: a removal that is cut off leaves no folder that looks like a model.
+                    doomed = folder.with_name(f".{folder.name}{_REMOVED}")
+                    if doomed.exists():
+                        shutil.rmtree(doomed)
+                    folder.rename(doomed)
+                if doomed.exists():
+                    shutil.rmtree(doomed)
+        except OSError as error:
+            raise disk_error(error, folder) from error
     return chosen
+
+
+def _final(revision: Revision) -> str:
+    """The folder that a revision is served from, links resolved; of the rest of a removal its own."""
+    path = Path(revision.path)
+    return os.path.realpath(path if revision.state == "removing" else path.with_name(revision.commit))
 
 
 def _label(revision: Revision) -> str:

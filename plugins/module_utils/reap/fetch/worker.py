@@ -35,7 +35,7 @@ class _Tell(logging.Handler):
     """Hands the library's warnings to the parent: a wait that the hub asked for is no stall."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        _answer({"event": "note", "message": record.getMessage().splitlines()[0][:300]})
+        _answer({"event": "note", "message": _hide(record.getMessage().splitlines()[0])[:300]})
 
 
 def _answer(message: dict[str, Any]) -> None:
@@ -43,8 +43,14 @@ def _answer(message: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def _hide(text: str) -> str:
+    """Without the token, which a hub's message can quote. Before it is cut: half a token would not be known again."""
+    token = os.environ.get("HF_TOKEN")
+    return text.replace(token, "***") if token else text
+
+
 def _first_line(error: BaseException) -> str:
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    text = _hide(" ".join(line.strip() for line in str(error).splitlines() if line.strip()))
     return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
 
 
