@@ -63,8 +63,11 @@ def test_a_wrong_setting_is_named_with_what_was_found_and_wanted(data: dict[str,
 def test_floors_that_are_not_given_follow_from_the_floor() -> None:
     limits = from_dict({"floor_kb": 8 * GIB_KB}, "x").limits
     assert (limits.loading_floor_kb, limits.hard_floor_kb) == (6 * GIB_KB, 3 * GIB_KB)
+    limits = from_dict({"floor_kb": 6 * GIB_KB}, "x").limits
+    # Three quarters would be 4.5 GiB, where a kill at 14 GiB/s ends below the hard floor.
+    assert limits.loading_floor_kb == limits.kill_line_kb
     limits = from_dict({"floor_kb": GIB_KB}, "x").limits
-    assert limits.hard_floor_kb == GIB_KB // 2
+    assert (limits.loading_floor_kb, limits.hard_floor_kb) == (GIB_KB, GIB_KB // 2)
 
 
 def test_a_file_that_is_missing_or_no_toml_is_one_clear_error(
@@ -97,6 +100,12 @@ def test_a_floor_above_what_the_profile_leaves_is_refused_with_the_highest_that_
 def test_a_floor_below_what_a_kill_needs_is_refused() -> None:
     (problem,) = floor_problems(settings_for(5 * GIB_KB), HostMemory(121 * GIB))
     assert "below what a kill needs" in problem
+
+
+def test_a_floor_of_loading_below_what_a_kill_needs_is_refused() -> None:
+    assert floor_problems(settings_for(6 * GIB_KB), HostMemory(121 * GIB)) == []
+    (problem,) = floor_problems(settings_for(6 * GIB_KB, loading_floor_kb=4608 * 1024), HostMemory(121 * GIB))
+    assert "loading_floor_kb is 4718592, below what a kill needs" in problem
 
 
 def test_a_hard_floor_below_where_sparks_froze_is_refused() -> None:

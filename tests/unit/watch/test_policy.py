@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reap.watch.config import from_dict
 from reap.watch.policy import KB_PER_GIB, Action, Carried, Limits, Phase, Policy
 from reap.watch.series import Change, Piece, Series, replay
 
 FLOOR, HARD = 8 * KB_PER_GIB, 3 * KB_PER_GIB
 LIMITS = Limits(floor_kb=FLOOR, loading_floor_kb=6 * KB_PER_GIB, hard_floor_kb=HARD)
+PROFILES = yaml.safe_load((Path(__file__).parents[3] / "group_vars/all/profiles.yml").read_text())["reap_profiles"]
+# What the role writes for each profile: its floor, and everything else as it follows from that.
+LIMITS_OF = {
+    name: from_dict({"floor_kb": data["watchdog_min_available_kb"]}, name).limits for name, data in PROFILES.items()
+}
+WITH_A_MODEL = [Phase.LOADING, Phase.SERVING, Phase.STOPPING]
 
 
-def series_of(points: list[tuple[float, int]], start_kb: int, changes: list[Change] | None = None) -> Series:
+def series_of(
+    points: list[tuple[float, int]], start_kb: int, changes: list[Change] | None = None, limits: Limits = LIMITS
+) -> Series:
     """Straight lines through (seconds, kB), no line steeper than the fastest known fall."""
-    made = Series(LIMITS, changes=changes or [])
+    made = Series(limits, changes=changes or [])
     now, kb = 0.0, start_kb
     for seconds, to_kb in points:
         least = abs(to_kb - kb) / LIMITS.worst_fall_kb_s
@@ -46,23 +59,90 @@ def test_nothing_is_stopped_while_memory_stays_above_the_floor(
     assert not [event for event in events if event.action in (Action.KILL, Action.SHED)]
 
 
-@FEW
-@given(points(0.0, 30.0), kb_between(9.0, 30.0), LOADED)
-def test_whatever_memory_does_a_kill_takes_effect_above_the_hard_floor(
-    path: list[tuple[float, int]], start_kb: int, phase: Phase
+def crossing_of(series: Series, kb: int) -> float | None:
+    """The first moment at which a series is below a value, s; None where it never is."""
+    for piece in series.pieces:
+        assert piece.kb is not None
+        assert piece.to_kb is not None
+        if piece.kb < kb:
+            return piece.start
+        if piece.to_kb < kb:
+            return piece.start + piece.length * (piece.kb - kb) / (piece.kb - piece.to_kb)
+    return None
+
+
+def could_be_foreseen(series: Series, crossing: float, limits: Limits) -> bool:
+    """Whether memory was on its way through the hard floor all the time in which a kill had to be decided."""
+    begin, end = crossing - limits.look_ahead_s, crossing - limits.kill_s
+    if begin < 0.0:
+        return False
+    for piece in series.pieces:
+        if piece.start + piece.length <= begin or piece.start >= end:
+            continue
+        assert piece.kb is not None
+        assert piece.to_kb is not None
+        fall = (piece.kb - piece.to_kb) / piece.length
+        from_kb = series.at(max(begin, piece.start))
+        assert from_kb is not None
+        if from_kb - fall * limits.look_ahead_s >= limits.hard_floor_kb:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("name", LIMITS_OF)
+@pytest.mark.parametrize("phase", WITH_A_MODEL, ids=lambda phase: phase.value)
+def test_a_kill_takes_effect_above_the_hard_floor_wherever_one_can(name: str, phase: Phase) -> None:
+    """With a floor at or above the last line: whatever memory does. Without one: where the fall could be foreseen."""
+    limits = LIMITS_OF[name]
+    floors = {Phase.SERVING: limits.floor_kb, Phase.LOADING: limits.loading_floor_kb}
+    always = floors.get(phase, 0) >= limits.kill_line_kb
+
+    @FEW
+    @given(points(0.0, 30.0), kb_between(9.0, 30.0))
+    def holds(path: list[tuple[float, int]], start_kb: int) -> None:
+        series = series_of(path, start_kb, [Change(0.0, phase=phase)], limits)
+        kills = [event for event in replay(series) if event.action is Action.KILL]
+        assert len(kills) <= 1
+        crossing = crossing_of(series, limits.hard_floor_kb)
+        if always:
+            assert all((kill.effect_kb or 0) >= limits.hard_floor_kb for kill in kills), kills
+        if crossing is not None and (always or could_be_foreseen(series, crossing, limits)):
+            assert kills
+            assert kills[0].at + limits.kill_s <= crossing + 1e-6, kills
+
+    holds()
+
+
+@pytest.mark.parametrize("name", LIMITS_OF)
+@pytest.mark.parametrize("phase", WITH_A_MODEL, ids=lambda phase: phase.value)
+@pytest.mark.parametrize("above_gib", [0.05, 0.4, 2.5, 14.0])
+def test_the_fastest_known_fall_ends_above_the_hard_floor_whenever_it_begins(
+    name: str, phase: Phase, above_gib: float
 ) -> None:
-    """The reserve between the last line and the hard floor is what the fastest known fall takes during a kill."""
-    series = series_of(path, start_kb, [Change(0.0, phase=phase)])
-    events = replay(series)
-    kills = [event for event in events if event.action is Action.KILL]
-    assert len(kills) <= 1
-    for kill in kills:
-        assert kill.effect_kb is not None
-        assert kill.effect_kb >= HARD, kill
-    went_under = next((at / 100 for at in range(int(series.length * 100)) if (series.at(at / 100) or 0) < HARD), None)
-    if went_under is not None:
-        assert kills
-        assert kills[0].at + LIMITS.kill_s <= went_under + 0.01
+    """Forty moments between two readings, from a little above the line that counts and from far away."""
+    limits = LIMITS_OF[name]
+    floors = {Phase.SERVING: limits.floor_kb, Phase.LOADING: limits.loading_floor_kb}
+    start_kb = max(floors.get(phase, 0), limits.kill_line_kb) + int(above_gib * KB_PER_GIB)
+    for number in range(40):
+        calm = 2.0 + number * 0.00713
+        series = Series(limits, changes=[Change(0.0, phase=phase)])
+        series.pieces.append(Piece(0.0, calm, start_kb, start_kb))
+        series.pieces.append(Piece(calm, start_kb / limits.worst_fall_kb_s, start_kb, 0))
+        (kill,) = (event for event in replay(series) if event.action is Action.KILL)
+        assert (kill.effect_kb or 0) >= limits.hard_floor_kb, (calm, kill)
+
+
+@FEW
+@given(kb_between(8.0, 8.5), st.floats(0.0, 1.1), st.floats(0.001, 0.3), st.floats(0.001, 0.15), st.floats(0.001, 0.2))
+def test_a_dip_that_is_over_soon_and_stays_above_the_last_line_stops_nothing(
+    top_kb: int, depth_gib: float, down_s: float, there_s: float, up_s: float
+) -> None:
+    """K144 sits there: 8.3 to 8.5 GiB above a floor of 8."""
+    limits = LIMITS_OF["k144-nospec-200k"]
+    low_kb = top_kb - int(depth_gib * KB_PER_GIB)
+    tooth = [(down_s, low_kb), (there_s, low_kb), (up_s, top_kb), (0.2, top_kb)]
+    events = replay(series_of([(5.0, top_kb), *(3 * tooth), (5.0, top_kb)], top_kb, limits=limits))
+    assert not [event for event in events if event.action in (Action.KILL, Action.SHED)]
 
 
 @FEW
@@ -70,7 +150,7 @@ def test_whatever_memory_does_a_kill_takes_effect_above_the_hard_floor(
 def test_a_planned_stop_above_the_hard_floor_and_its_reserve_is_never_a_kill(
     path: list[tuple[float, int]], start_kb: int
 ) -> None:
-    low = HARD + LIMITS.reserve_kb
+    low = LIMITS.kill_line_kb
     path = [(seconds, max(kb, low)) for seconds, kb in path]
     series = series_of(path, max(start_kb, low), [Change(0.0, phase=Phase.STOPPING)])
     assert not [event for event in replay(series) if event.action in (Action.KILL, Action.SHED)]
@@ -128,7 +208,30 @@ def test_the_pace_follows_the_distance_and_the_fall() -> None:
     policy.step(100.25, 9 * KB_PER_GIB, Phase.SERVING, "a")
     assert policy.interval_s < 0.06
     near = Policy(LIMITS)
-    near.step(100.0, FLOOR + 1000, Phase.SERVING, "a")
-    assert near.interval_s == LIMITS.calm_interval_s
+    near.step(100.0, LIMITS.kill_line_kb + 1000, Phase.LOADING, "a")
+    assert near.interval_s == LIMITS.fast_interval_s
     near.step(102.0, 30 * KB_PER_GIB, Phase.SERVING, "a", psi=True)
     assert near.interval_s == LIMITS.calm_interval_s
+
+
+def test_a_model_that_sits_a_little_above_its_floor_does_not_cost_a_reading_every_20_ms() -> None:
+    """From there the fastest known fall needs 200 ms to the last line, and only there a kill is due."""
+    policy = Policy(LIMITS_OF["k144-nospec-200k"])
+    policy.step(100.0, int(8.4 * KB_PER_GIB), Phase.SERVING, "a")
+    assert policy.interval_s > 0.1
+    policy.step(100.1, int(8.4 * KB_PER_GIB), Phase.STOPPING, "a")
+    assert policy.interval_s > 0.1
+
+
+def test_one_large_allocation_during_a_planned_stop_is_not_taken_for_a_fall() -> None:
+    """A step is in one of the two spans only; a fall that goes on is in both."""
+    step, fall = Policy(LIMITS), Policy(LIMITS)
+    start = 5 * KB_PER_GIB
+    for number in range(20):
+        assert step.step(100 + number / 200, start, Phase.STOPPING, "a") is Action.NONE
+        assert fall.step(100 + number / 200, start, Phase.STOPPING, "a") is Action.NONE
+    assert step.step(100.100, start - KB_PER_GIB // 4, Phase.STOPPING, "a") is Action.NONE
+    assert step.step(100.105, start - KB_PER_GIB // 4, Phase.STOPPING, "a") is Action.NONE
+    fall.step(100.100, start - 70_000, Phase.STOPPING, "a")
+    assert fall.step(100.105, start - 140_000, Phase.STOPPING, "a") is Action.KILL
+    assert "would cross the hard floor" in fall.reason

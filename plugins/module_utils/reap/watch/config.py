@@ -90,7 +90,9 @@ def from_dict(data: dict[str, Any], name: str) -> Settings:
         raise ReapError(f"{name}: floor_kb is missing; it is MemAvailable in kB, for instance 8388608 for 8 GiB")
     floor_kb = limit_values["floor_kb"]
     hard_kb = limit_values.setdefault("hard_floor_kb", min(HARD_FLOOR_KB, floor_kb // 2))
-    limit_values.setdefault("loading_floor_kb", max(hard_kb, floor_kb // 4 * 3))
+    # A start dips and recovers, so its floor is lower; but never so low that a kill there would come too late.
+    least_kb = Limits(**{**limit_values, "loading_floor_kb": hard_kb}).kill_line_kb
+    limit_values.setdefault("loading_floor_kb", min(floor_kb, max(least_kb, floor_kb // 4 * 3)))
     paths = {}
     known_paths = {f.name for f in fields(Paths)}
     for key, value in raw_paths.items():

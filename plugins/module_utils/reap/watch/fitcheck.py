@@ -32,15 +32,19 @@ def floor_problems(settings: Settings, host: HostMemory | None = None) -> list[s
         least = f"at most {most_kb} kB would leave room for it" if most_kb > 0 else "no floor leaves room for it here"
         problems.append(f"floor_kb is {limits.floor_kb}, more than {name} leaves free on this host; {least}")
     if request.engine == "gb10":
-        needed_kb = limits.hard_floor_kb + limits.reserve_kb
+        needed_kb = limits.kill_line_kb
         if limits.hard_floor_kb < SPARK_FROZE_BELOW_KB:
             problems.append(
                 f"hard_floor_kb is {limits.hard_floor_kb}, below what a Spark needs: they froze at about"
                 f" {SPARK_FROZE_BELOW_KB} kB; wanted that or more"
             )
-        if limits.floor_kb < needed_kb:
-            problems.append(
-                f"floor_kb is {limits.floor_kb}, below what a kill needs: hard_floor_kb {limits.hard_floor_kb} and"
-                f" {limits.reserve_kb} kB for the fastest known fall while a kill runs; wanted at least {needed_kb}"
-            )
+        # The floor of loading follows from the floor, so where both are too low only the cause is said.
+        floors = {"floor_kb": limits.floor_kb, "loading_floor_kb": limits.loading_floor_kb}
+        for key, found_kb in floors.items():
+            if found_kb < needed_kb:
+                problems.append(
+                    f"{key} is {found_kb}, below what a kill needs: hard_floor_kb {limits.hard_floor_kb} and"
+                    f" {limits.reserve_kb} kB for the fastest known fall while a kill runs; wanted at least {needed_kb}"
+                )
+                break
     return problems

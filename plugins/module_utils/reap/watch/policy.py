@@ -6,13 +6,21 @@ one :class:`Action` and the time until it wants to be fed again. All memory is i
 
 Three lines, from high to low:
 
-``floor``      the model has to go: gracefully (SHED) when the last second's fall leaves time for it, else at once.
-               Its value depends on the phase: ``floor_kb`` while serving, ``loading_floor_kb`` while loading, none
-               while stopping, because a planned stop is never a kill.
-``last line``  hard floor + what the fastest known fall takes while a kill runs: from here down a graceful stop is
-               not waited for any more. Never above the floor.
+``floor``      the model has to go when memory stays below: gracefully (SHED) after ``shed_after_s``, at once where a
+               steep fall goes on and leaves less than ``urgent_s``. A dip that is over before is nothing: down to the
+               last line a kill is quick enough by construction. Its value depends on the phase: ``floor_kb`` while
+               serving, ``loading_floor_kb`` while loading, none while stopping, because a planned stop is never a kill.
+``last line``  hard floor + what the fastest known fall takes from a reading to the end of a kill: below it a graceful
+               stop is not waited for any more.
 ``hard floor`` holds in every phase; a kill is sent when it is crossed or when the present fall would cross it
                before a kill could take effect.
+
+While a container could be stopped, the pace looks at the last line and not at the floor alone: after a reading above
+it the next one comes before the fastest known fall could be there, or within ``calm_interval_s`` of it. With the two
+readings that have to agree that is ``look_ahead_s``, and the last line is the hard floor plus that time's fall. So
+where a phase has a floor at or above the last line, a kill takes effect above the hard floor whatever memory does.
+Where it has none (stopping), that holds for every fall that begins above the last line; one that begins lower is seen
+after three readings at ``fast_interval_s``.
 """
 
 from __future__ import annotations
@@ -53,6 +61,8 @@ class Limits:
 
     ``worst_fall_kb_s``: fastest fall seen on a DGX Spark, 34.0 to 12.7 GiB in about 1.5 s (14 GiB/s).
     ``kill_s``: time from the decision to the end of the allocation; 0.15 s is the aim the benchmark checks.
+    ``urgent_s``: a fall that would reach the hard floor sooner leaves no time for a graceful stop.
+    ``shed_after_s``: memory has to stay below the floor for so long before a graceful stop is asked for.
     """
 
     floor_kb: int
@@ -62,6 +72,8 @@ class Limits:
     warn_horizon_s: float = 600.0
     worst_fall_kb_s: int = 14 * KB_PER_GIB
     kill_s: float = 0.150
+    urgent_s: float = 1.5
+    shed_after_s: float = 0.75
     shed_grace_s: float = 30.0
     cooldown_s: float = 60.0
     budget: int = 5
@@ -73,14 +85,24 @@ class Limits:
     idle_interval_s: float = 0.250
 
     @property
+    def look_ahead_s(self) -> float:
+        """Seconds from the last reading before a fall to the end of a kill: its pace, two that agree, the kill."""
+        return self.kill_s + self.calm_interval_s + 2 * self.fast_interval_s
+
+    @property
     def reserve_kb(self) -> int:
-        """What the fastest known fall takes between a reading and the end of a kill, in kB."""
-        return int(self.worst_fall_kb_s * (self.kill_s + self.calm_interval_s + 2 * self.fast_interval_s))
+        """What the fastest known fall takes in that time, in kB."""
+        return int(self.worst_fall_kb_s * self.look_ahead_s)
+
+    @property
+    def kill_line_kb(self) -> int:
+        """From a reading above this, a kill can still take effect above the hard floor whatever follows, in kB."""
+        return self.hard_floor_kb + self.reserve_kb
 
     @property
     def last_line_kb(self) -> int:
         """Below this a graceful stop is not waited for, in kB; never above the floor."""
-        return min(self.floor_kb, self.hard_floor_kb + self.reserve_kb)
+        return min(self.floor_kb, self.kill_line_kb)
 
 
 @dataclass(slots=True)
@@ -101,11 +123,12 @@ class Carried:
         return sum(stop > when for stop in self.stops)
 
 
-# Time over which the fall is measured: FAST to see a hard-floor crossing coming, STEADY to judge whether a graceful
-# stop still fits. A shorter one takes one large allocation for a trend.
-FAST_WINDOW_S = 0.040
+# Time over which the fall is measured. Two spans one after the other, each a pace long, have to agree on a fall that
+# goes on now: one large allocation is in one of them only. URGENT: a fall has to have lasted before it is a reason to
+# kill above the last line, so the dip of a prefill is none. STEADY is what is told, and what sets the pace.
+SHORTEST_SPAN_S = 0.004
+URGENT_WINDOW_S = 0.5
 STEADY_WINDOW_S = 1.0
-SHORTEST_SPAN_S = 0.015
 # A hole in the readings longer than this says nothing about the fall during it (a paused machine, a stopped process).
 GAP_S = 2.0
 # Two readings below the line: one alone may be a transient of the kernel's own accounting.
@@ -132,23 +155,26 @@ class Policy:
         interval_s: time until the next reading is wanted, s.
         reason: one line that says why, set with every action except NONE.
         fall_kb_s: fall over the last second, kB/s, 0 when memory does not fall.
+        fast_fall_kb_s: fall on which the last two spans agree (the smaller of both), kB/s.
         near: the reading is within the warning margin of the floor.
         carried: counters, hold and budget, to be saved and handed to the next instance.
     """
 
     __slots__ = (
         "_below",
+        "_below_since",
         "_blind_said",
         "_blind_since",
         "_count",
         "_deadline",
-        "_fast_tail",
         "_good_since",
         "_head",
         "_kb",
+        "_kill_line_kb",
         "_last",
         "_last_trend",
         "_last_warn",
+        "_look_ahead_s",
         "_phase",
         "_pressure_until",
         "_shed_target",
@@ -158,6 +184,7 @@ class Policy:
         "_trend_kb",
         "_trend_n",
         "_trend_t",
+        "_urgent_tail",
         "_warned",
         "blind_s",
         "carried",
@@ -167,6 +194,7 @@ class Policy:
         "limits",
         "near",
         "reason",
+        "urgent_fall_kb_s",
     )
 
     def __init__(self, limits: Limits, carried: Carried | None = None) -> None:
@@ -177,6 +205,9 @@ class Policy:
         self.near = False
         self.fall_kb_s = 0
         self.fast_fall_kb_s = 0
+        self.urgent_fall_kb_s = 0
+        self._kill_line_kb = limits.kill_line_kb
+        self._look_ahead_s = limits.look_ahead_s
         self.blind_s = 0.0
         self._t = array("d", bytes(8 * _RING))
         self._kb = array("q", bytes(8 * _RING))
@@ -186,10 +217,11 @@ class Policy:
         self._last_trend = float("-inf")
         self._head = -1
         self._count = 0
-        self._fast_tail = 0
+        self._urgent_tail = 0
         self._steady_tail = 0
         self._last: float | None = None
         self._below = 0
+        self._below_since: float | None = None
         self._blind_since: float | None = None
         self._blind_said = False
         self._deadline: float | None = None
@@ -289,32 +321,37 @@ class Policy:
             self._deadline, self._shed_target = None, None
         if target != self._target:
             self._below = 0
+        self._below_since = None
         self._trend_n = 0
         self._last_trend = float("-inf")
         self._warned = False
         self._phase, self._target = phase, target
 
     def _restart_fall(self) -> None:
-        self._head, self._count, self._fast_tail, self._steady_tail = -1, 0, 0, 0
+        self._head, self._count, self._urgent_tail, self._steady_tail = -1, 0, 0, 0
         self._below = 0
-        self.fall_kb_s = self.fast_fall_kb_s = 0
+        self._below_since = None
+        self.fall_kb_s = self.fast_fall_kb_s = self.urgent_fall_kb_s = 0
 
     def _measure(self, now: float, available_kb: int) -> None:
         head = (self._head + 1) % _RING
         self._t[head], self._kb[head], self._head = now, available_kb, head
         if self._count == 0:
-            self._fast_tail = self._steady_tail = head
+            self._urgent_tail = self._steady_tail = head
         self._count += 1
         if self._count > 1:
             # A full ring overwrites its oldest reading: a tail that stood there moves on.
             if head == self._steady_tail:
                 self._steady_tail = (head + 1) % _RING
-            if head == self._fast_tail:
-                self._fast_tail = (head + 1) % _RING
-        self._fast_tail = self._advance(self._fast_tail, now - FAST_WINDOW_S)
+            if head == self._urgent_tail:
+                self._urgent_tail = (head + 1) % _RING
+        self._urgent_tail = self._advance(self._urgent_tail, now - URGENT_WINDOW_S)
         self._steady_tail = self._advance(self._steady_tail, now - STEADY_WINDOW_S)
-        self.fast_fall_kb_s = self._fall_since(self._fast_tail, now, available_kb)
-        self.fall_kb_s = self._fall_since(self._steady_tail, now, available_kb)
+        self.urgent_fall_kb_s = self._fall_between(self._urgent_tail, head)
+        self.fall_kb_s = self._fall_between(self._steady_tail, head)
+        middle = self._before(head)
+        first = self._before(middle)
+        self.fast_fall_kb_s = min(self._fall_between(first, middle), self._fall_between(middle, head))
 
     def _advance(self, tail: int, until: float) -> int:
         times, head = self._t, self._head
@@ -323,11 +360,18 @@ class Policy:
             tail, following = following, (following + 1) % _RING
         return tail
 
-    def _fall_since(self, tail: int, now: float, available_kb: int) -> int:
-        span = now - self._t[tail]
+    def _before(self, index: int) -> int:
+        """The newest reading at least SHORTEST_SPAN_S before another, or the oldest there is."""
+        until, oldest = self._t[index] - SHORTEST_SPAN_S, self._steady_tail
+        while index != oldest and self._t[index] > until:
+            index = (index - 1) % _RING
+        return index
+
+    def _fall_between(self, first: int, last: int) -> int:
+        span = self._t[last] - self._t[first]
         if span < SHORTEST_SPAN_S:
             return 0
-        fall = (self._kb[tail] - available_kb) / span
+        fall = (self._kb[first] - self._kb[last]) / span
         return max(0, min(int(fall), self.limits.worst_fall_kb_s))
 
     # -- decisions -----------------------------------------------------------------------------------------------
@@ -351,73 +395,68 @@ class Policy:
         return None
 
     def _guard(self, now: float, available_kb: int, phase: Phase, target: str | None) -> Action:
-        limits, carried = self.limits, self.carried
-        if target is None or target == carried.stopped_target:
-            self._below = 0
+        limits = self.limits
+        if target is None or target == self.carried.stopped_target:
+            self._below, self._below_since = 0, None
             return Action.NONE
-        fast = self.fast_fall_kb_s
-        ahead_kb = available_kb - int(fast * (limits.kill_s + limits.fast_interval_s))
         if available_kb < limits.hard_floor_kb:
             self._below += 1
-            if self._below >= CONFIRM_READINGS:
-                return self._kill(
-                    now,
-                    available_kb,
-                    target,
-                    f"is below the hard floor of {_size(limits.hard_floor_kb)} ({phase.value})",
-                )
-            return Action.NONE
-        if ahead_kb < limits.hard_floor_kb:
-            self._below += 1
-            if self._below >= CONFIRM_READINGS:
-                why = (
-                    f"falls {_size(fast)}/s ({phase.value}) and would cross the hard floor of"
-                    f" {_size(limits.hard_floor_kb)} before a kill of {limits.kill_s * 1000:.0f} ms took effect"
-                )
-                return self._kill(now, available_kb, target, why)
-            return Action.NONE
+            if self._below < CONFIRM_READINGS:
+                return Action.NONE
+            why = f"is below the hard floor of {_size(limits.hard_floor_kb)} ({phase.value})"
+            return self._kill(now, available_kb, target, why)
+        fast = self.fast_fall_kb_s
+        if available_kb - int(fast * self._look_ahead_s) < limits.hard_floor_kb:
+            why = (
+                f"falls {_size(fast)}/s ({phase.value}) and would cross the hard floor of"
+                f" {_size(limits.hard_floor_kb)} before a kill of {limits.kill_s * 1000:.0f} ms took effect"
+            )
+            return self._kill(now, available_kb, target, why)
         shed_runs = self._deadline is not None and self._shed_target == target
         floor_kb = limits.floor_kb if shed_runs else self._floor_of(phase)
         if floor_kb is None or available_kb >= floor_kb:
-            self._below = 0
+            self._below, self._below_since = 0, None
             return Action.NONE
-        self._below += 1
-        if self._below < CONFIRM_READINGS:
-            return Action.NONE
+        if self._below_since is None:
+            self._below_since = now
         return self._below_floor(now, available_kb, phase, target, floor_kb, shed_runs)
 
     def _below_floor(
         self, now: float, available_kb: int, phase: Phase, target: str, floor_kb: int, shed_runs: bool
     ) -> Action:
         limits, carried = self.limits, self.carried
-        below = f"is below the floor of {_size(floor_kb)} ({phase.value})"
+        # A machine whose floor is lower than that has no last line: a graceful stop would never be tried there.
+        below_last_line = available_kb < self._kill_line_kb <= floor_kb
+        self._below = self._below + 1 if below_last_line else 0
         if carried.last_stop is not None and 0.0 <= now - carried.last_stop < limits.cooldown_s and not shed_runs:
             # The memory of the one that was stopped may still be coming back; the hard floor above still holds.
             return Action.NONE
-        last_line_kb = min(limits.last_line_kb, floor_kb)
-        if available_kb < last_line_kb and last_line_kb < floor_kb:
-            why = f"{below} and of the last line {_size(last_line_kb)}, from where only a kill is quick enough"
+        if below_last_line:
+            if self._below < CONFIRM_READINGS:
+                return Action.NONE
+            why = f"is below the last line of {_size(self._kill_line_kb)}, from where only a kill is quick enough"
+            return self._kill(now, available_kb, target, f"{why} ({phase.value}, floor {_size(floor_kb)})")
+        below = f"is below the floor of {_size(floor_kb)} ({phase.value})"
+        if shed_runs and self._deadline is not None and now >= self._deadline:
+            why = f"{below}: the graceful stop asked for {limits.shed_grace_s:.0f} s ago did not bring memory back"
             return self._kill(now, available_kb, target, why)
-        grace_s = limits.shed_grace_s
-        if shed_runs and self._deadline is not None:
-            grace_s = self._deadline - now
-            if grace_s <= 0.0:
-                why = f"{below}: the graceful stop asked for {limits.shed_grace_s:.0f} s ago did not bring memory back"
-                return self._kill(now, available_kb, target, why)
-        fall = self.fall_kb_s
-        left_s = (available_kb - limits.hard_floor_kb) / fall if fall > 0 else float("inf")
-        if left_s <= grace_s:
+        # It has lasted, and it goes on now.
+        fall = min(self.urgent_fall_kb_s, self.fast_fall_kb_s)
+        if (available_kb - limits.hard_floor_kb) <= fall * limits.urgent_s:
+            left_s = (available_kb - limits.hard_floor_kb) / fall
             why = (
                 f"{below}, falls {_size(fall)}/s: {left_s:.1f} s to the hard floor of {_size(limits.hard_floor_kb)},"
-                f" a graceful stop may take {grace_s:.0f} s"
+                f" too short for a graceful stop"
             )
             return self._kill(now, available_kb, target, why)
-        if shed_runs:
+        if shed_runs or self._below_since is None or now - self._below_since < limits.shed_after_s:
             return Action.NONE
         self._deadline, self._shed_target = now + limits.shed_grace_s, target
         carried.sheds += 1
-        left = "does not fall" if left_s == float("inf") else f"{left_s:.0f} s left to the hard floor"
-        self.reason = f"graceful stop: MemAvailable {_size(available_kb)} {below}; {left}, so there is time for it"
+        left_s = (available_kb - limits.hard_floor_kb) / self.fall_kb_s if self.fall_kb_s > 0 else float("inf")
+        left = "does not fall" if left_s > limits.warn_horizon_s else f"{left_s:.0f} s left to the hard floor"
+        lasted = f"for {now - self._below_since:.1f} s"
+        self.reason = f"graceful stop: MemAvailable {_size(available_kb)} {below} {lasted}; {left}"
         self._note_stop(now, available_kb, None)
         return Action.SHED
 
@@ -536,18 +575,26 @@ class Policy:
         return max(0.0, -(n * stk - st * sk) / spread) if spread > 0.0 else 0.0
 
     def _next_interval(self, now: float, available_kb: int, phase: Phase, target: str | None) -> float:
-        """A part of the time the fastest known fall needs to the next line below, within the three set intervals."""
+        """A part of the time the fastest known fall needs to the next line below, within the three set intervals.
+
+        At rest that line is the last line. The floor above it counts once memory falls: nothing has to be decided there
+        within milliseconds, and a model that sits a little above its floor would cost a reading every 20 ms for ever.
+        """
         limits = self.limits
         if target is None or target == self.carried.stopped_target:
             return limits.idle_interval_s
-        floor_kb = self._floor_of(phase)
-        line_kb = limits.hard_floor_kb if floor_kb is None else floor_kb
-        distance_kb = available_kb - line_kb
-        if distance_kb <= 0 or self._below > 0:
+        if self._below > 0 or self._below_since is not None:
             return limits.fast_interval_s
-        least = limits.fast_interval_s if self.fall_kb_s > CALM_FALL_KB_S else limits.calm_interval_s
+        floor_kb = self._floor_of(phase)
+        falls = self.fall_kb_s > CALM_FALL_KB_S
+        line_kb = self._kill_line_kb
+        if falls and floor_kb is not None and line_kb < floor_kb <= available_kb:
+            line_kb = floor_kb
+        # Without a floor at or above the last line only the fall itself tells, and has to be seen from its beginning.
+        at_rest = not falls and floor_kb is not None and available_kb >= self._kill_line_kb
+        least = limits.calm_interval_s if at_rest else limits.fast_interval_s
         most = limits.calm_interval_s if now < self._pressure_until else limits.idle_interval_s
-        return max(least, min(most, LOOK_BEFORE * distance_kb / limits.worst_fall_kb_s))
+        return max(least, min(most, LOOK_BEFORE * (available_kb - line_kb) / limits.worst_fall_kb_s))
 
 
 def _size(kb: int) -> str:
