@@ -28,6 +28,8 @@ def build(parts: list[str]) -> None:
     if unknown:
         raise SimError(f"build does not know {', '.join(unknown)}: it knows {', '.join(PARTS)}")
     wanted = parts or list(PARTS)
+    flags = processor_flags(Path("/proc/cpuinfo").read_text())
+    update_facts(lambda facts: facts.update({"machine": {"kv_cache_dtype": kv_cache_dtype(flags)}}))
     with services.lease() as engine:
         if "hosts" in wanted:
             images.ensure(engine, "host-preinstalled")
@@ -35,6 +37,20 @@ def build(parts: list[str]) -> None:
             checkpoints()
         if "runtime-image" in wanted:
             runtime_image.ensure(engine, services.url("registry"))
+
+
+def processor_flags(cpuinfo: str) -> set[str]:
+    """The features of the first processor in the text of /proc/cpuinfo."""
+    lines = (line.partition(":") for line in cpuinfo.splitlines())
+    return set(next((value for name, _, value in lines if name.strip() in ("flags", "Features")), "").split())
+
+
+def kv_cache_dtype(flags: set[str]) -> str:
+    """What the CPU build of vLLM can keep its KV cache in: fp8 wants AVX-512 or AMX, else it is the model's own type.
+
+    The features are those that torch.cpu._is_avx512_supported and _is_amx_tile_supported look for.
+    """
+    return "fp8" if "amx_tile" in flags or flags >= {"avx512f", "avx512bw", "avx512dq", "avx512vl"} else "auto"
 
 
 def checkpoints() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sim import __main__ as cli
-from sim import common, engine, hosts, images, runtime_image
+from sim import build, common, engine, hosts, images, runtime_image
 
 STATUS = "Name:\tpython3\nCapInh:\t0000000000000000\nCapBnd:\t000001fffeffffff\nSeccomp:\t0\n"
 
@@ -232,3 +232,21 @@ def test_a_child_that_ended_does_not_count_as_running() -> None:
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, but nobody asked how
         assert Path(f"/proc/{child.pid}").exists()
         assert not engine._runs(child.pid)
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("fpu avx2 fma", "auto"),
+        ("fpu avx2 avx512f", "auto"),
+        ("fpu avx2 avx512f avx512dq avx512bw avx512vl", "fp8"),
+        ("fpu avx2 amx_tile", "fp8"),
+    ],
+)
+def test_the_kv_cache_is_in_fp8_where_the_processor_can(flags: str, wanted: str) -> None:
+    cpuinfo = f"processor\t: 0\nmodel name\t: A\nflags\t\t: {flags}\n\nprocessor\t: 1\nflags\t\t: none\n"
+    assert build.kv_cache_dtype(build.processor_flags(cpuinfo)) == wanted
+
+
+def test_a_processor_that_says_nothing_of_itself_has_no_fp8() -> None:
+    assert build.kv_cache_dtype(build.processor_flags("processor\t: 0\n")) == "auto"
