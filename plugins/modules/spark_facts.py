@@ -77,6 +77,8 @@ facts:
     root: true
     hostname: spark-2822
     docker: 29.1.3
+    docker_error: null
+    docker_installed: true
     docker_enabled: true
     docker_runtimes: [nvidia, runc]
     missing_packages: []
@@ -96,6 +98,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.reap.identity import parse_meminfo, parse_os_release
+from ansible.module_utils.reap.serve.state import alive, read_json
 
 # 127.0.0.1, the same inside IPv6, and ::1, as /proc/net shows them on a little-endian machine.
 LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
@@ -143,14 +146,36 @@ def answer(*command: str) -> str:
 
 
 def docker_facts() -> dict[str, Any]:
-    """Version of the Docker server (empty where none answers), its runtimes, and whether it starts at boot."""
-    try:
-        info = json.loads(answer("docker", "info", "--format", "{{json .}}") or "{}")
-    except ValueError:
-        info = {}
+    """What is known of the engine. One that is stopped or slow is installed all the same, and its runtimes are unknown.
+
+    Returns:
+        docker (the server's version, empty where none answers), docker_error (why it is empty, else None),
+        docker_installed, docker_runtimes (empty where none answers), docker_enabled (starts at boot).
+    """
+    program = shutil.which("docker")
+    unit = answer("systemctl", "show", "--value", "--property=LoadState", "docker.service")
+    info: dict[str, Any] = {}
+    error = None
+    if program is None:
+        error = "there is no program docker"
+    else:
+        try:
+            done = subprocess.run(
+                [program, "info", "--format", "{{json .}}"], capture_output=True, text=True, timeout=30, check=False
+            )
+            info = json.loads(done.stdout) if done.returncode == 0 else {}
+            error = done.stderr.strip()[-200:] or f"docker info ended with {done.returncode}"
+        except subprocess.TimeoutExpired:
+            error = "docker info did not answer in 30 s"
+        except (OSError, ValueError) as problem:
+            error = f"docker info cannot be read: {problem}"
+    version = str(info.get("ServerVersion") or "")
     return {
-        "docker": info.get("ServerVersion") or "",
-        "docker_runtimes": sorted(info.get("Runtimes") or {}),
+        "docker": version,
+        "docker_error": None if version else error,
+        # A masked unit is somebody's decision about an engine that is there.
+        "docker_installed": program is not None or unit in ("loaded", "masked", "bad-setting", "error"),
+        "docker_runtimes": sorted(info.get("Runtimes") or {}) if version else [],
         "docker_enabled": answer("systemctl", "is-enabled", "docker.service") == "enabled",
     }
 
@@ -181,11 +206,11 @@ def free_bytes(path: str) -> int:
 
 def port_taken(port: int, run_dir: str) -> bool:
     """Whether something else than reap.service listens on the port, on any or on this machine's own address."""
-    try:
-        served = str(json.loads(read_text(f"{run_dir}/service.json")).get("endpoint") or "")
-    except (ValueError, AttributeError):
-        served = ""
-    if served.endswith(f":{port}"):
+    state = read_json(Path(run_dir) / "service.json") or {}
+    # The file outlives the service: after a stop another program may have the port. Where the supervisor died, its
+    # container listens until the clean-up.
+    lives = alive(state) or alive({**state, "pid": state.get("container_pid")})
+    if lives and state.get("phase") != "absent" and str(state.get("endpoint")).endswith(f":{port}"):
         return False
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in read_text(table).splitlines()[1:]:
