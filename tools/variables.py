@@ -14,6 +14,9 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "plugins" / "module_utils"))
+from reap.settings import RUN_OPTIONS
+
 PAGE = ROOT / "docs" / "variables.md"
 # In the order of a run.
 ROLES = ("spark_host", "runtime_image", "model_fetch", "vllm_patches", "watchdog", "reap_service", "verify")
@@ -23,7 +26,7 @@ Written by `make docs` from `roles/*/meta/argument_specs.yml` and `group_vars/al
 
 Set a variable for all Sparks, a group or a host in the inventory (`inventories/production`): whatever an inventory says
 wins over `group_vars/all` of this repository and over the roles' defaults. A misspelt name or a value of the wrong type
-is an error of the preflight before a host is touched.
+is an error of every playbook before a host is touched.
 """
 
 
@@ -71,8 +74,17 @@ def shared_table() -> list[str]:
     return [*lines, ""]
 
 
+def run_table() -> list[str]:
+    """The section of what a playbook itself reads."""
+    lines = ["## Given to a run", "", "What a playbook itself reads, with `-e`.", ""]
+    lines += ["| variable | type | default | what it is |", "|---|---|---|---|"]
+    for name, option in RUN_OPTIONS.items():
+        lines.append(f"| `{name}` | {option['type']} | `{cell(option['default'])}` | {description(dict(option))} |")
+    return [*lines, ""]
+
+
 def page() -> str:
-    lines = [HEAD, *shared_table()]
+    lines = [HEAD, *shared_table(), *run_table()]
     for role in ROLES:
         lines += role_table(role)
     return "\n".join(lines).rstrip() + "\n"

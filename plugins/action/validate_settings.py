@@ -12,18 +12,21 @@ import yaml
 from ansible.errors import AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
+from ansible.utils.vars import load_extra_vars
 
 # On the controller Ansible does not put the configured module_utils on the import path; modules get it by themselves.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 from reap.errors import ReapError
 from reap.profiles import Profile
+from reap.settings import RUN_OPTIONS, run_dir_faults, serial_fault
 
 DOCUMENTATION = r"""
 module: validate_settings
 short_description: Check every setting of a host before the host is touched
 description:
-  - Compares the host's variables with the argument specs of all roles and with group_vars/all, on the controller only.
-  - A name that starts like a role's variable and is none is an error with the nearest known name.
+  - Compares the host's variables with the argument specs of all roles, with group_vars/all and with what a playbook
+    itself reads, on the controller only.
+  - A name that starts like one of these and is none is an error with the nearest known name.
   - A value of the wrong type or outside its choices is an error that says what was found and what is wanted.
   - All problems are reported at once.
 options: {}
@@ -32,15 +35,15 @@ options: {}
 ROOT = Path(__file__).resolve().parents[2]
 # Names that belong to the test bed's inventory.
 INVENTORY_PREFIXES = ("reap_sim_",)
-# Names that are given with -e and belong to a playbook, not to a role.
-RUN_NAMES = {"reap_serial"}
+# The parser in C, where this Python has it: a run waits for these files.
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def role_options(root: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Every role's options by role name, from meta/argument_specs.yml."""
     options = {}
     for path in sorted(root.glob("roles/*/meta/argument_specs.yml")):
-        specs = yaml.safe_load(path.read_text(encoding="utf-8"))["argument_specs"]
+        specs = yaml.load(path.read_text(encoding="utf-8"), LOADER)["argument_specs"]
         options[path.parts[-3]] = specs["main"].get("options") or {}
     return options
 
@@ -49,14 +52,14 @@ def shared_names(root: Path) -> set[str]:
     """Names that group_vars/all defines."""
     names: set[str] = set()
     for path in sorted(root.glob("group_vars/all/*.yml")):
-        names |= set(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        names |= set(yaml.load(path.read_text(encoding="utf-8"), LOADER) or {})
     return names
 
 
 def unknown_names(names: set[str], roles: dict[str, dict[str, dict[str, Any]]], shared: set[str]) -> list[str]:
     """A sentence for each name that looks like one of the recipe's settings and is none."""
-    known = shared.union(RUN_NAMES, *[set(options) for options in roles.values()])
-    prefixes = (*(f"{role}_" for role in roles), "reap_")
+    known = shared.union(RUN_OPTIONS, *[set(options) for options in roles.values()])
+    prefixes = (*(f"{role}_" for role in roles), "reap_", "teardown_")
     problems = []
     for name in sorted(names):
         if not name.startswith(prefixes) or name in known or name.startswith(INVENTORY_PREFIXES):
@@ -112,35 +115,32 @@ class ActionModule(ActionBase):
 
         profiles = task_vars.get("reap_profiles") or {}
         profile = self._templar.template(task_vars.get("reap_profile"))
-        if profile not in profiles:
+        known_profile = isinstance(profile, str) and profile in profiles
+        if known_profile:
+            problems += self._profile_faults(task_vars, profile)
+        else:
             near = difflib.get_close_matches(str(profile), profiles, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             problems.append(
                 f"unknown profile: reap_profile is {profile!r}, wanted one of {', '.join(profiles)}: {hint}"
                 "a profile is a key of reap_profiles in group_vars/all/profiles.yml"
             )
-        else:
+
+        values: dict[str, Any] = {}
+        for name in sorted(task_vars.keys() & {"reap_port", "reap_run_dir"}.union(RUN_OPTIONS, *roles.values())):
             try:
-                Profile.from_mapping(self._templar.template(task_vars["reap_profile_data"]), profile)
-            except ReapError as error:
-                problems.append(str(error))
+                values[name] = self._templar.template(task_vars[name])
             except AnsibleError as error:
-                problems.append(f"profile {profile} cannot be evaluated: {error}")
-            for options in roles.values():
-                values = {}
-                for name in options:
-                    if name not in task_vars:
-                        continue
-                    try:
-                        values[name] = self._templar.template(task_vars[name])
-                    except AnsibleError as error:
-                        problems.append(f"{name} cannot be evaluated: {error}")
-                problems += wrong_values(values, options)
-            port = self._templar.template(task_vars.get("reap_port"))
-            if not re.fullmatch(r"\d+", str(port)) or not 1 <= int(port) <= 65535:
-                problems.append(
-                    f"reap_port is {port!r}, wanted a TCP port from 1 to 65535: correct it in the inventory"
-                )
+                # What cannot be evaluated for want of a profile is no problem of its own.
+                if known_profile:
+                    problems.append(f"{name} cannot be evaluated: {error}")
+        for options in roles.values():
+            problems += wrong_values(values, options)
+        problems += wrong_values(values, {name: dict(option) for name, option in RUN_OPTIONS.items()})
+        problems += run_dir_faults(values) + self._serial_faults(values)
+        port = values.get("reap_port", 1)
+        if not re.fullmatch(r"\d+", str(port)) or not 1 <= int(str(port)) <= 65535:
+            problems.append(f"reap_port is {port!r}, wanted a TCP port from 1 to 65535: correct it in the inventory")
 
         result["changed"] = False
         if problems:
@@ -149,3 +149,25 @@ class ActionModule(ActionBase):
                 problems
             )
         return result
+
+    def _profile_faults(self, task_vars: dict[str, Any], profile: str) -> list[str]:
+        """What is wrong with the data of the profile, after all that an inventory changes in it."""
+        try:
+            Profile.from_mapping(self._templar.template(task_vars["reap_profile_data"]), profile)
+        except ReapError as error:
+            return [str(error)]
+        except AnsibleError as error:
+            return [f"profile {profile} cannot be evaluated: {error}"]
+        return []
+
+    def _serial_faults(self, values: dict[str, Any]) -> list[str]:
+        """What is wrong with the batches; from an inventory they would have no effect, and nobody would notice."""
+        if "reap_serial" not in values:
+            return []
+        if "reap_serial" not in load_extra_vars(self._loader):
+            return [
+                "reap_serial is set in the inventory, where it has no effect, because Ansible makes the batches before "
+                "it reads a host's variables: take it out there, and give it with -e reap_serial=..."
+            ]
+        fault = serial_fault(values["reap_serial"])
+        return [fault] if fault else []
