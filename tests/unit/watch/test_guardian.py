@@ -6,16 +6,22 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from reap.cli import status
+from reap.watch.config import load
+from reap.watch.loop import Guardian
+from reap.watch.policy import Action
 
 REPOSITORY = Path(__file__).parents[3]
 FLOOR, LOADING, HARD = 800_000, 700_000, 300_000
@@ -134,6 +140,18 @@ docker_data = "{self.folder}/docker"
         """The phase of the last change of phase."""
         changes = self.events("phase")
         return changes[-1]["phase"] if changes else ""
+
+    def writer(self) -> int:
+        """The writing process: the only child of the keeper, which is the only child of the guarding process."""
+        assert self.guard is not None
+        pid = self.guard.pid
+        for _ in range(2):
+            (pid,) = (int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        return pid
+
+    def metric(self, name: str) -> int:
+        text = (self.folder / "run" / "watchdog.prom").read_text()
+        return int(text.partition(f"\nreap_watchdog_{name} ")[2].split()[0])
 
     def state(self) -> dict[str, Any]:
         try:
@@ -304,6 +322,93 @@ def test_a_spent_budget_latches_until_it_is_lifted(host: Host) -> None:
     state = host.state()
     assert (state["hold_until_available_kb"], state["latched"], state["stops_in_window"]) == (None, False, 0)
     assert host.events("lifted")
+
+
+def test_a_container_that_is_not_found_at_first_is_said_and_guarded_as_soon_as_it_is(host: Host) -> None:
+    process = host.child("sleep", "300")
+    host.serve("serving", process)
+    host.start()
+    await_true(lambda: host.state().get("guarding") is False, "the word that it is not guarded")
+    (problem,) = host.events("problem")
+    assert "NOT GUARDED" in problem["reason"]
+    host.set_memory(310_000)
+    folder = host.folder / "cgroup/pids/docker" / ("c" * 64)
+    folder.mkdir(parents=True)
+    (folder / "cgroup.procs").write_text(f"{process.pid}\n")
+    host.await_killed(process)
+    await_true(lambda: host.events("kill"), "the kill in the events file")
+    said = [event["event"] for event in host.events() if event["event"] in ("problem", "found", "kill")]
+    assert said == ["problem", "found", "kill"]
+    await_true(lambda: host.state()["guarding"] is None, "nothing to guard after the kill")
+
+
+def test_a_container_whose_end_was_seen_wrongly_is_guarded_again(host: Host) -> None:
+    """An empty list of processes for a moment, for whatever reason: it is looked at again."""
+    process = serving(host)
+    procs = host.folder / "cgroup/pids/docker" / ("c" * 64) / "cgroup.procs"
+    await_true(lambda: host.state()["guarding"] is True, "a guarded container")
+    procs.write_text("")
+    await_true(lambda: host.state()["guarding"] is None, "a container that is gone")
+    procs.write_text(f"{process.pid}\n")
+    await_true(lambda: host.state()["guarding"] is True, "a container that is back")
+    host.set_memory(310_000)
+    host.await_killed(process)
+
+
+def test_a_writer_that_is_killed_is_replaced_without_the_guard_starting_a_process(host: Host) -> None:
+    process = serving(host)
+    before = host.writer()
+    os.kill(before, signal.SIGKILL)
+    host.set_memory(310_000)
+    host.await_killed(process)
+    await_true(lambda: host.events("kill"), "the kill, told by the next writer")
+    assert host.writer() != before
+
+
+def test_a_writer_that_takes_nothing_and_a_full_line_to_it_do_not_delay_the_kill(host: Host) -> None:
+    """As with a journal or disk that hangs: what cannot be told is counted, what has to be done is done."""
+    process = serving(host, "stopping")
+    writer = host.writer()
+    os.kill(writer, signal.SIGSTOP)
+    try:
+        # Above the hard floor a planned stop goes on, and each turn of the loop looks at the state.
+        host.set_memory(HARD + 100_000)
+        for number in range(3000):
+            # Each damaged state is a problem of its own, and so a message.
+            host.service_file.write_text(" " * number + "{")
+            time.sleep(0.002)
+        host.set_memory(HARD - 100_000)
+        host.await_killed(process)
+        assert not host.events("kill")
+    finally:
+        os.kill(writer, signal.SIGCONT)
+    await_true(lambda: host.metric("messages_lost_total") > 0, "messages that found the line full")
+    assert host.state()["kills"] == 1
+
+
+def test_a_pressure_event_wakes_the_guard(host: Host) -> None:
+    """A double of the kernel's trigger: out-of-band data makes a socket answer POLLPRI as a trigger does."""
+    settings = load(host.settings)
+    guardian = Guardian(settings, {})
+    listener = socket.create_server(("127.0.0.1", 0))
+    sender = socket.create_connection(listener.getsockname())
+    trigger, _ = listener.accept()
+    guardian._pressure = SimpleNamespace(fd=trigger.fileno())  # type: ignore[assignment]
+    # So long a pace that only the event can end the wait within this test.
+    guardian._policy = SimpleNamespace(  # type: ignore[assignment]
+        interval_s=3600.0, near=False, fall_kb_s=10**9, blind_s=0.0, step=lambda *_: Action.NONE
+    )
+    thread = threading.Thread(target=guardian._guard, daemon=True)
+    thread.start()
+    await_true(lambda: guardian._readings == 1, "the first reading")
+    time.sleep(0.3)
+    assert (guardian._readings, guardian._pressures) == (1, 0)
+    sender.send(b"!", socket.MSG_OOB)
+    await_true(lambda: guardian._pressures > 0 and guardian._readings > 1, "a reading because of the pressure")
+    guardian._stop = True
+    thread.join(AWAIT_S)
+    for end in (sender, trigger, listener):
+        end.close()
 
 
 def test_what_an_earlier_boot_left_is_not_taken_over(host: Host) -> None:

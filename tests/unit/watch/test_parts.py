@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
 import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +21,8 @@ from reap.watch.cgroup import CgroupPaths, Target, find_folder, parse_proc_cgrou
 from reap.watch.config import Settings, from_dict, load
 from reap.watch.fitcheck import floor_problems
 from reap.watch.kernel import Meminfo, parse_meminfo
-from reap.watch.policy import Carried, Phase
+from reap.watch.loop import Guardian
+from reap.watch.policy import Carried, Limits, Phase, Policy
 from reap.watch.ring import Ring
 from reap.watch.secretary import render_metrics
 from reap.watch.state import ABSENT, ServiceFile, carried_from_json, parse_service_state
@@ -185,12 +189,54 @@ def test_cgroup_v2_is_killed_with_one_write(tmp_path: Path) -> None:
     assert (tmp_path / "c/cgroup.kill").read_text() == "1"
 
 
+def test_the_kill_is_written_before_anything_else_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "c")
+    (tmp_path / "c/cgroup.kill").write_text("")
+    target = Target("c", tmp_path / "c")
+
+    def no_descriptor(*_: object) -> int:
+        assert (tmp_path / "c/cgroup.kill").stat().st_size == 1, "something was opened before the kill was written"
+        raise OSError(errno.EMFILE, "no descriptor is left")
+
+    monkeypatch.setattr("reap.watch.cgroup.os.open", no_descriptor)
+    assert target.kill() == 0
+    monkeypatch.undo()
+    assert (tmp_path / "c/cgroup.kill").read_text() == "1"
+
+
+@pytest.mark.parametrize(
+    ("number", "alive"), [("ENOENT", False), ("ENODEV", False), ("ENOMEM", True), ("EMFILE", True)]
+)
+@pytest.mark.parametrize("call", ["open", "readv"])
+def test_only_a_group_that_was_removed_counts_as_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: str, alive: bool
+) -> None:
+    """A model that cannot be looked at now is a model that is guarded on."""
+    make(tmp_path, "c")
+    target = Target("c", tmp_path / "c")
+
+    def fails(*_: object) -> int:
+        raise OSError(getattr(errno, number), number)
+
+    monkeypatch.setattr(f"reap.watch.cgroup.os.{call}", fails)
+    assert target.alive() is alive
+
+
+def test_cgroup_v2_says_for_the_whole_subtree_whether_something_lives(tmp_path: Path) -> None:
+    make(tmp_path, "c")
+    for populated in (1, 0):
+        (tmp_path / "c/cgroup.events").write_text(f"populated {populated}\nfrozen 0\n")
+        target = Target("c", tmp_path / "c")
+        assert target.alive() is bool(populated)
+        target.close()
+
+
 PIDS_V1 = Path("/sys/fs/cgroup/pids")
 
 
 @pytest.mark.skipif(
     not os.access(PIDS_V1 / "cgroup.procs", os.W_OK),
-    reason="needs root and cgroup v1; molecule/watchdog has both kinds",
+    reason="needs root and cgroup v1, as molecule/watchdog has it; cgroup v2 was seen on the emulated machine",
 )
 def test_a_real_group_is_emptied_and_stays_empty() -> None:
     folder = PIDS_V1 / f"reap-test-{os.getpid()}"
@@ -228,20 +274,28 @@ def test_an_unreadable_meminfo_is_none_and_can_be_opened_again(tmp_path: Path) -
     assert meminfo.total_kb == 10
 
 
-def test_a_thousand_readings_leave_no_object_behind() -> None:
-    """What the loop does each time, on the real file."""
-    import sys
-
-    from reap.watch.policy import Limits, Policy
-
+def test_a_thousand_readings_leave_no_object_behind(tmp_path: Path) -> None:
+    """What the loop does each time, on the real file; and what it does at a kill, on control groups that are files."""
     meminfo, policy, ring = Meminfo(Path("/proc/meminfo")), Policy(Limits(2, 2, 1)), Ring(64)
     service = ServiceFile(Path("/nonexistent/service.json"), "")
+    make(tmp_path, "v1/inner", "v2")
+    (tmp_path / "v1/cgroup.procs").write_text("4000001\n")
+    (tmp_path / "v2/cgroup.events").write_text("populated 1\n")
+    (tmp_path / "v2/cgroup.kill").write_text("")
+    targets = [Target("v1", tmp_path / "v1"), Target("v2", tmp_path / "v2")]
+    guardian = Guardian(bundle_settings(tmp_path), {})
+    guardian._secretary._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def turn(now: float) -> None:
         kb = meminfo.read()
         ring.append(now, kb or -1)
         service.refresh()
         policy.step(now, kb, Phase.SERVING, "container")
+        for target in targets:
+            assert target.alive()
+            target.kill()
+        guardian._tell("kill", "because", evidence="x")
+        assert json.loads(other.recv(131072))["event"]["reason"] == "because"
 
     for number in range(2000):
         turn(number / 10)
@@ -252,6 +306,34 @@ def test_a_thousand_readings_leave_no_object_behind() -> None:
 
 
 # -- state, ring, metrics, evidence
+
+
+def test_a_state_that_cannot_be_looked_at_is_kept_and_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a file that is not there means that nothing is served."""
+    path = tmp_path / "service.json"
+    path.write_text(json.dumps({"phase": "serving", "container_id": "a", "container_pid": 7}))
+    service = ServiceFile(path, "")
+    assert service.refresh()
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    for name in ("stat", "read_text"):
+        path.write_text(json.dumps({"phase": "stopping", "container_id": "a", "container_pid": 7}))
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, name, fails)
+            assert service.refresh()
+        assert service.state.phase is Phase.SERVING
+        assert "no memory" in str(service.problem)
+        assert service.refresh()
+        assert (service.state.phase, service.problem) == (Phase.STOPPING, None)
+        path.write_text(json.dumps({"phase": "serving", "container_id": "a", "container_pid": 7}))
+        assert service.refresh()
+    path.unlink()
+    assert service.refresh()
+    assert service.state == ABSENT
 
 
 def test_a_state_of_an_earlier_boot_is_absent() -> None:
@@ -286,7 +368,10 @@ def test_the_ring_gives_the_last_readings_oldest_first() -> None:
 
 
 def test_metrics_are_prometheus_text() -> None:
-    text = render_metrics({"kills_total": 3, "mem_available_kb": 5}, {"kill": 3, "warn": 1}, "serving")
+    values = {"kills_total": 3, "mem_available_kb": 5, "guarding": 1}
+    text = render_metrics(values, {"kill": 3, "warn": 1}, "serving")
+    assert "reap_watchdog_guarding 1\n" in text
+    assert "reap_watchdog_unguarded 0\n" in text
     assert "reap_watchdog_kills_total 3\n" in text
     assert 'reap_watchdog_phase{phase="serving"} 1\n' in text
     assert 'reap_watchdog_events_total{event="warn"} 1\n' in text
@@ -307,9 +392,39 @@ def test_evidence_is_read_from_the_engines_files_without_the_engine(tmp_path: Pa
     folder = tmp_path / "docker" / "containers" / "abc"
     folder.mkdir(parents=True)
     (folder / "config.v2.json").write_text(json.dumps({"State": {"ExitCode": 137}}))
-    (folder / "abc-json.log").write_text('{"log": "one\\n"}\n{"log": "two\\n"}\nhalf a li')
-    assert evidence.container_files(tmp_path / "docker", "abc") == ({"ExitCode": 137}, ["one", "two", "half a li"])
-    assert evidence.container_files(tmp_path / "docker", "gone") == (None, [])
+    assert evidence.container_state(tmp_path / "docker", "abc") == {"ExitCode": 137}
+    (folder / "config.v2.json").write_text("half a li")
+    assert evidence.container_state(tmp_path / "docker", "abc") is None
+    assert evidence.container_state(tmp_path / "docker", "gone") is None
+
+
+def test_the_containers_last_words_are_those_of_its_unit_without_what_the_service_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A double of journalctl that answers the one question it is meant to be asked."""
+    double = tmp_path / "journalctl"
+    double.write_text(
+        '#!/bin/sh\ncase "$*" in\n*_SYSTEMD_UNIT=reap.service*--output=cat*) '
+        "printf 'reap serve: starting\\nINFO engine up\\nreap serve: ready\\nlast words\\n';;\nesac\n"
+    )
+    double.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert evidence.container_lines("reap.service") == ["INFO engine up", "last words"]
+
+
+def test_the_kernels_lines_about_driver_and_memory_are_found(tmp_path: Path) -> None:
+    """As /dev/kmsg gives them: priority, number, time, flags; the text of other subsystems stays out."""
+    kmsg = tmp_path / "kmsg"
+    kmsg.write_text(
+        "6,1200,9000000,-;usb 1-1: new device\n"
+        "4,1201,9000100,-;NVRM: GPU 000f:01:00.0: Out of memory [NV_ERR_NO_MEMORY] (0x51) returned from _memdescAlloc\n"
+        "3,1202,9000200,-;NVRM: nvAssertOkFailedNoLog: Assertion failed: Out of memory [NV_ERR_NO_MEMORY]\n"
+        "6,1203,9000300,-;docker0: port 1 entered blocking state\n"
+        "4,1204,9000400,-;vllm: page allocation failure: order:0\n"
+    )
+    found = evidence.kernel_lines(kmsg)
+    assert [line.split(",")[1] for line in found] == ["1201", "1202", "1204"]
+    assert all("NVRM" in line for line in found[:2])
 
 
 def test_old_bundles_go_and_a_disk_that_takes_nothing_is_replaced_by_memory(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from reap.cli import status
 from reap.serve.state import boot_id
 
 CALM: dict[str, Any] = {
-    "phase": "serving", "mem_available_kb": 1, "floor_kb": 1, "hard_floor_kb": 1, "kills": 0, "sheds": 0,
-    "stops_in_window": 0, "budget": 5, "latched": False, "hold_until_available_kb": None, "last_event": None,
+    "phase": "serving", "guarding": True, "mem_available_kb": 1, "floor_kb": 1, "hard_floor_kb": 1, "kills": 0,
+    "sheds": 0, "stops_in_window": 0, "budget": 5, "latched": False,
+    "hold_until_available_kb": None, "last_event": None,
 }  # fmt: skip
 
 
@@ -27,6 +28,11 @@ def line_of(folder: Path, **changes: object) -> str:
 def test_a_calm_watchdog_is_one_phrase(tmp_path: Path) -> None:
     line = line_of(tmp_path)
     assert "watchdog on guard, 0 kills, 0 of 5 stops in the budget's window; never verified" in line
+
+
+def test_a_container_that_is_not_held_is_said_and_none_is_no_alarm(tmp_path: Path) -> None:
+    assert "CONTAINER IS NOT GUARDED: journalctl -u reap-watchdog" in line_of(tmp_path, guarding=False)
+    assert "NOT GUARDED" not in line_of(tmp_path, guarding=None)
 
 
 def test_a_hold_says_how_much_has_to_be_free(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ HELP = "say in one line or in JSON what this host serves"
 
 
 _WATCHDOG = (
-    "phase", "mem_available_kb", "floor_kb", "hard_floor_kb", "kills", "sheds", "stops_in_window", "budget", "latched",
-    "hold_until_available_kb", "last_event",
+    "phase", "guarding", "mem_available_kb", "floor_kb", "hard_floor_kb", "kills", "sheds", "stops_in_window", "budget",
+    "latched", "hold_until_available_kb", "last_event",
 )  # fmt: skip
 
 
@@ -43,9 +43,10 @@ def collect(run_dir: Path, evidence_dir: Path) -> dict[str, Any]:
 
     Returns:
         phase (serving, loading, stopping, absent), generation, profile, model, image, endpoint, since_unix (s), detail,
-        progress, replaced; mem_available_kb (kB); watchdog {running, phase, mem_available_kb, floor_kb, hard_floor_kb,
-        kills, sheds, stops_in_window, budget, latched, hold_until_available_kb, last_event} or null; evidence (path of
-        the newest bundle of a kill) or null; wedge {path, reason, unix} of the last wedged engine's evidence or null;
+        progress, replaced; mem_available_kb (kB); watchdog {running, phase, guarding (true, false where a container is
+        named but not held, null where there is none), mem_available_kb, floor_kb, hard_floor_kb, kills, sheds,
+        stops_in_window, budget, latched, hold_until_available_kb, last_event} or null; evidence (path of the newest
+        bundle of a kill) or null; wedge {path, reason, unix} of the last wedged engine's evidence or null;
         verification {verdict, report, finished_unix} or null.
     """
     state = read_json(run_dir / "service.json") or {}
@@ -97,6 +98,8 @@ def _watchdog_line(watchdog: dict[str, Any] | None) -> Iterator[str]:
         return
     spent = f"{watchdog['stops_in_window']} of {watchdog['budget']} stops in the budget's window"
     yield f"watchdog on guard, {watchdog['kills']} kills, {spent}"
+    if watchdog["guarding"] is False:
+        yield "THE MODEL'S CONTAINER IS NOT GUARDED: journalctl -u reap-watchdog says why"
     if watchdog["latched"]:
         yield "LATCHED, no start until: reap watch --lift"
     elif watchdog["hold_until_available_kb"] is not None:

@@ -14,10 +14,11 @@ from .config import Settings
 from .state import write_atomic
 
 SCHEMA = "reap-watchdog-evidence/1"
-_LOG_BYTES = 64 * 1024
 _LOG_LINES = 200
 _KERNEL_LINES = 100
 _PROCESSES = 15
+# How `reap serve` begins each line of its own.
+_SERVICE_SAYS = "reap serve: "
 _KERNEL_WORDS = ("NVRM", "Out of memory", "oom-kill", "oom_reaper", "page allocation failure")
 
 
@@ -39,32 +40,38 @@ def biggest_processes(proc: Path = Path("/proc"), most: int = _PROCESSES) -> lis
     return [{"pid": pid, "command": command, "rss_kb": rss_kb} for rss_kb, pid, command in found[:most]]
 
 
-def container_files(docker_data: Path, container_id: str | None) -> tuple[dict[str, Any] | None, list[str]]:
-    """The engine's own record of the container's state and the last lines of its log, both read from disk."""
+def container_state(docker_data: Path, container_id: str | None) -> dict[str, Any] | None:
+    """The engine's own record of the container's state, read from its disk without asking it; None where it has none.
+
+    The service runs its containers with --rm: after a kill the record is soon gone, so it is read before one too.
+    """
     if not container_id:
-        return None, []
-    folder = docker_data / "containers" / container_id
-    state: dict[str, Any] | None = None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        state = json.loads((folder / "config.v2.json").read_text(encoding="utf-8"))["State"]
-    lines: list[str] = []
-    with contextlib.suppress(OSError), (folder / f"{container_id}-json.log").open("rb") as log:
-        log.seek(0, os.SEEK_END)
-        log.seek(max(0, log.tell() - _LOG_BYTES))
-        for raw in log.read().decode("utf-8", "replace").splitlines()[-_LOG_LINES:]:
-            try:
-                lines.append(str(json.loads(raw)["log"]).rstrip("\n"))
-            except (ValueError, KeyError, TypeError):
-                lines.append(raw)
-    return state, lines
+        return None
+    try:
+        text = (docker_data / "containers" / container_id / "config.v2.json").read_text(encoding="utf-8")
+        state = json.loads(text)["State"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return state if isinstance(state, dict) else None
 
 
-def journal_lines(selection: str, most: int = _LOG_LINES, timeout_s: float = 5.0) -> list[str]:
-    """The last journal lines of a selection (--unit=NAME, --dmesg); one line that says why where there is no answer."""
+def container_lines(unit: str) -> list[str]:
+    """The container's last words. They are in the journal of its unit, among what the service says of itself.
+
+    The engine's own copy of them goes with the container, and its format is the engine's alone.
+    """
+    lines = journal_lines(f"_SYSTEMD_UNIT={unit}", 3 * _LOG_LINES, form="cat")
+    return [line for line in lines if not line.startswith(_SERVICE_SAYS)][-_LOG_LINES:]
+
+
+def journal_lines(
+    selection: str, most: int = _LOG_LINES, timeout_s: float = 5.0, form: str = "short-precise"
+) -> list[str]:
+    """The last journal lines of a selection (--unit=NAME, --dmesg, FIELD=VALUE); where there is no answer, why."""
     program = shutil.which("journalctl")
     if program is None:
         return ["journalctl is not installed"]
-    command = [program, selection, f"--lines={most}", "--output=short-precise", "--no-pager", "--quiet"]
+    command = [program, selection, f"--lines={most}", f"--output={form}", "--no-pager", "--quiet"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=timeout_s, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -99,9 +106,18 @@ def _about_memory(lines: list[str]) -> list[str]:
     return [line for line in lines if any(word in line for word in _KERNEL_WORDS)][-_KERNEL_LINES:]
 
 
-def collect(settings: Settings, event: dict[str, Any], meminfo: str, before: list[dict[str, Any]]) -> dict[str, Any]:
-    """Everything about a kill but the series, which is added a little later so that it shows memory coming back."""
-    state, log = container_files(settings.paths.docker_data, event.get("container_id"))
+def collect(
+    settings: Settings,
+    event: dict[str, Any],
+    meminfo: str,
+    before: list[dict[str, Any]],
+    state_before: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Everything about a kill but the series, which is added a little later so that it shows memory coming back.
+
+    ``before`` and ``state_before``: the biggest processes and the container's state as last seen before the kill.
+    """
+    state = container_state(settings.paths.docker_data, event.get("container_id"))
     limits = settings.limits
     return {
         "schema": SCHEMA,
@@ -115,8 +131,9 @@ def collect(settings: Settings, event: dict[str, Any], meminfo: str, before: lis
         "meminfo": meminfo.splitlines(),
         "processes_before": before,
         "processes_after": biggest_processes(),
+        "container_state_before": state_before,
         "container_state": state,
-        "container_log": log,
+        "container_log": container_lines(settings.unit),
         "journal": journal_lines(f"--unit={settings.unit}"),
         "kernel": kernel_lines(),
     }

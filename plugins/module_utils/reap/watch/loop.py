@@ -1,4 +1,8 @@
-"""The guarding half: reads MemAvailable, asks the policy, kills. It allocates nothing that stays and starts nothing."""
+"""The guarding half: reads MemAvailable, asks the policy, kills.
+
+Its loop starts no process and leaves no object behind: one turn reads into kept buffers, and what Python makes for a
+number or a line is given back at its end, out of memory that is locked and stays in the process.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import select
 import signal
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ..errors import ReapError
@@ -29,6 +34,8 @@ _SERVICE_S = 0.1
 # So long without a reading, and systemd is not told any more that all is well: it starts the watchdog anew.
 _BLIND_LIMIT_S = 10.0
 _REOPEN_S = 1.0
+# A container that is named but not held (its control group was not found, or could not be opened) is tried again.
+_RETRY_S = 1.0
 # SIGKILL cannot be refused, but a process in an uninterruptible wait takes it late: said once after this time.
 _KILL_LATE_S = 5.0
 
@@ -52,8 +59,13 @@ class Guardian:
         before = before if isinstance(before, dict) and before.get("boot_id") == self._boot_id else {}
         self._policy = Policy(self._limits, carried_from_json(before.get("carried")))
         self._last_event: dict[str, Any] | None = before.get("last_event")
+        # A group that holds this very process is never killed. Read now: later it might not be readable.
+        self._own_cgroups = parse_proc_cgroup(_read_text("/proc/self/cgroup"))
         self._target: Target | None = None
+        # The container whose processes were seen to be gone, and the one that was said not to be found.
         self._gone: str | None = None
+        self._missed: str | None = None
+        self._guarding: bool | None = None
         self._supervisor = -1
         self._supervisor_pid: int | None = None
         self._killing: Target | None = None
@@ -105,7 +117,7 @@ class Guardian:
         if self._pressure.fd >= 0:
             poll.register(self._pressure.fd, select.POLLPRI)
         monotonic, policy = time.monotonic, self._policy
-        next_service = next_alive = next_report = next_metrics = next_ping = next_reopen = 0.0
+        next_service = next_alive = next_report = next_metrics = next_ping = next_reopen = next_retry = 0.0
         near_kb = self._limits.floor_kb + self._limits.warn_margin_kb
         pressure = False
         while not self._stop:
@@ -122,6 +134,11 @@ class Guardian:
                 if not self._target.alive():
                     self._gone = self._target.identity
                     self._forget_target()
+                    self._note_guarding()
+            if now >= next_retry:
+                next_retry = now + _RETRY_S
+                self._take_supervisor(self._service.state.supervisor_pid)
+                self._take_target()
             action = policy.step(now, kb, self._phase, self._identity(), pressure)
             if action is not Action.NONE:
                 self._act(action, now)
@@ -148,8 +165,6 @@ class Guardian:
                     self._systemd.send(f"STATUS={self._lines()}".encode())
                 if now >= next_metrics:
                     next_metrics = now + _METRICS_S
-                    if self._secretary.gone():
-                        self._secretary.start()
                     self._report(None)
             wait_s = policy.interval_s if self._killing is None else self._limits.fast_interval_s
             pressure = bool(poll.poll(max(1, int(wait_s * 1000))))
@@ -169,20 +184,54 @@ class Guardian:
             before, self._phase = self._phase, state.phase
             self._tell("phase", f"phase {before.value} -> {state.phase.value}: {self._lines()}")
         self._take_supervisor(state.supervisor_pid)
+        self._take_target()
+
+    def _take_target(self) -> None:
+        """Hold the container that the service names; called again every second for as long as it is not held."""
+        state = self._service.state
         identity = self._identity_of(state)
-        if identity == self._identity() or (identity is not None and identity == self._gone):
-            return
-        self._forget_target()
-        if identity is None:
-            return
+        if identity != self._identity():
+            self._forget_target()
+            if identity is not None:
+                self._open_target(identity, state)
+        self._note_guarding()
+
+    def _open_target(self, identity: str, state: ServiceState) -> None:
+        name = state.container_id or state.container_name
         folder = self._find_folder(state)
-        if folder is None:
-            self._tell("problem", f"no cgroup of container {state.container_id or state.container_name} was found")
+        why = f"no control group of container {name} was found" if folder is None else ""
+        target = None
+        if folder is not None:
+            try:
+                target = Target(identity, folder)
+            except OSError as error:
+                why = f"the control group {folder} of container {name} cannot be opened: {error.strerror or error}"
+        if target is not None and not target.alive():
+            # It ended before it was looked at; should it begin again, a later try sees it.
+            target.close()
+            self._gone = identity
             return
-        try:
-            self._target = Target(identity, folder)
-        except OSError as error:
-            self._tell("problem", f"the container's cgroup {folder} cannot be opened: {error}")
+        if folder is None and state.container_pid is not None and _is_gone(f"/proc/{state.container_pid}"):
+            self._gone = identity
+            return
+        if target is None:
+            if identity not in (self._gone, self._missed):
+                self._missed = identity
+                self._tell("problem", f"{why}; THE MODEL IS NOT GUARDED, tried again every {_RETRY_S:.0f} s")
+            return
+        self._target = target
+        if identity == self._missed:
+            self._missed = None
+            self._tell("found", f"container {name} is guarded now: {folder}")
+
+    def _note_guarding(self) -> None:
+        """True: a container is held. False: one is named and is not held. None: there is none to guard."""
+        identity = self._identity_of(self._service.state)
+        known_to_be_gone = identity is None or (identity == self._gone and self._target is None)
+        guarding = None if known_to_be_gone else self._target is not None
+        if guarding is not self._guarding:
+            self._guarding = guarding
+            self._save_state()
 
     def _identity(self) -> str | None:
         return self._target.identity if self._target is not None else None
@@ -194,8 +243,7 @@ class Guardian:
         return f"{state.container_id}:{state.container_pid}"
 
     def _find_folder(self, state: ServiceState) -> Any:
-        root = self._settings.paths.cgroup_root
-        own = parse_proc_cgroup(_read_text("/proc/self/cgroup"))
+        root, own = self._settings.paths.cgroup_root, self._own_cgroups
         folder = find_folder(root, state.cgroups, own)
         if folder is None and state.container_pid is not None:
             paths = parse_proc_cgroup(_read_text(f"/proc/{state.container_pid}/cgroup"))
@@ -207,11 +255,14 @@ class Guardian:
             return
         if self._supervisor >= 0:
             os.close(self._supervisor)
-        self._supervisor, self._supervisor_pid = -1, pid
-        # A stale file may name a process number that now belongs to somebody else.
-        if pid is not None and "serve" in _read_text(f"/proc/{pid}/cmdline"):
+        self._supervisor, self._supervisor_pid = -1, None
+        if pid is None:
+            return
+        # A stale file may name a process number that now belongs to somebody else. Without success, tried again.
+        if "serve" in _read_text(f"/proc/{pid}/cmdline"):
             with contextlib.suppress(OSError):
                 self._supervisor = os.pidfd_open(pid)
+                self._supervisor_pid = pid
 
     def _forget_target(self) -> None:
         if self._target is not None and self._target is not self._killing:
@@ -271,6 +322,7 @@ class Guardian:
         if self._target is target:
             self._forget_target()
         target.close()
+        self._note_guarding()
         after_ms = 1000 * (now - self._killed_at)
         self._tell("killed", f"the container's processes are gone {after_ms:.0f} ms after the kill", after_ms=after_ms)
 
@@ -315,7 +367,10 @@ class Guardian:
         message: dict[str, Any] = {
             "phase": self._phase.value,
             "near": self._policy.near,
+            "container_id": self._service.state.container_id,
             "values": {
+                "guarding": int(self._guarding is True),
+                "unguarded": int(self._guarding is False),
                 "mem_available_kb": self._kb or 0,
                 "floor_kb": self._floor_kb() or 0,
                 "hard_floor_kb": self._limits.hard_floor_kb,
@@ -345,6 +400,7 @@ class Guardian:
             "boot_id": self._boot_id,
             "unix": round(time.time(), 3),
             "phase": self._phase.value,
+            "guarding": self._guarding,
             "mem_available_kb": self._kb,
             "floor_kb": self._floor_kb(),
             "hard_floor_kb": self._limits.hard_floor_kb,
@@ -360,6 +416,15 @@ class Guardian:
         }
         with contextlib.suppress(OSError):
             write_atomic(self._settings.paths.state, json.dumps(state) + "\n")
+
+
+def _is_gone(path: str) -> bool:
+    """Whether it surely does not exist; an error says nothing."""
+    try:
+        Path(path).stat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    return False
 
 
 def _read_text(path: str) -> str:

@@ -25,12 +25,15 @@ from .state import write_atomic
 _MESSAGE_BYTES = 131072
 # The series of a bundle goes on for this long after the kill, so that it shows memory coming back.
 _SERIES_AFTER_S = 3.0
+_WRITER_AGAIN_S = 1.0
 _SNAPSHOT_S = 60.0
 _SNAPSHOT_NEAR_S = 5.0
-_PRIORITIES = {"kill": 2, "kill_failed": 2, "shed": 3, "warn": 4, "blind": 3, "problem": 4}
+_PRIORITIES = {"kill": 2, "kill_failed": 2, "shed": 3, "warn": 4, "blind": 3, "problem": 3}
 
 # name -> (type, help); the values come from the guarding process with each message.
 METRICS = {
+    "guarding": ("gauge", "1 while a container is held that could be killed"),
+    "unguarded": ("gauge", "1 while the service names a container that is not held: it is NOT guarded"),
     "mem_available_kb": ("gauge", "MemAvailable at the last report, kB of 1024 bytes"),
     "floor_kb": ("gauge", "Floor of the present phase, kB; 0 where the phase has none"),
     "hard_floor_kb": ("gauge", "Hard floor, kB"),
@@ -61,7 +64,11 @@ def render_metrics(values: dict[str, Any], events: dict[str, int], phase: str) -
 
 
 class Secretary:
-    """The guarding process's handle: starts the child, sends without blocking."""
+    """The guarding process's handle: starts the writer once, sends without blocking.
+
+    The writer has a keeper, a process that does nothing but start it anew when it was killed: the guarding process
+    forks once, before it guards, and never in its loop. What lies on the line meanwhile waits for the next writer.
+    """
 
     def __init__(self, settings: Settings, ring: Ring) -> None:
         self._settings = settings
@@ -71,17 +78,15 @@ class Secretary:
         self.lost = 0
 
     def start(self) -> None:
-        """Fork the child. Called before memory is locked, and again only when the child died and memory is calm."""
+        """Fork the keeper. Called once, before memory is locked and before anything is guarded."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * _MESSAGE_BYTES)
-        if self._socket is not None:
-            self._socket.close()
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
                 ours.close()
-                _Writer(self._settings, self._ring, theirs).run()
+                self._keep(theirs)
                 code = 0
             finally:
                 os._exit(code)
@@ -89,28 +94,35 @@ class Secretary:
         ours.setblocking(False)
         self._socket, self.pid = ours, pid
 
+    def _keep(self, line: socket.socket) -> None:
+        """The keeper: a writer at any time, until one ends because the line was closed."""
+        # The guarding process ends first; its closed end of the line is the order to finish.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        signal.set_wakeup_fd(-1)
+        while True:
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    _Writer(self._settings, self._ring, line).run()
+                    code = 0
+                finally:
+                    os._exit(code)
+            if os.waitpid(pid, 0)[1] == 0:
+                return
+            time.sleep(_WRITER_AGAIN_S)
+
     def send(self, message: dict[str, Any]) -> None:
-        """Hand one message over; counts it as lost when the child cannot take it now."""
+        """Hand one message over; counts it as lost when the writer cannot take it now."""
         try:
             assert self._socket is not None
             self._socket.send(json.dumps(message).encode("utf-8"))
         except OSError:
             self.lost += 1
 
-    def gone(self) -> bool:
-        """Whether the child has ended."""
-        if self.pid <= 0:
-            return True
-        try:
-            if os.waitpid(self.pid, os.WNOHANG)[0] == 0:
-                return False
-        except ChildProcessError:
-            pass
-        self.pid = 0
-        return True
-
     def finish(self, timeout_s: float = 5.0) -> None:
-        """Close the line and wait until the child has written what it holds."""
+        """Close the line and wait until the writer has written what it holds."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -121,7 +133,8 @@ class Secretary:
                     select.select([pidfd], [], [], timeout_s)
                 finally:
                     os.close(pidfd)
-            self.gone()
+                os.waitpid(self.pid, os.WNOHANG)
+            self.pid = 0
 
 
 class _Writer:
@@ -137,14 +150,12 @@ class _Writer:
         self._near = False
         self._pending: list[tuple[float, str, dict[str, Any]]] = []
         self._processes: list[dict[str, Any]] = []
+        self._container_id: str | None = None
+        self._container: dict[str, Any] | None = None
         self._next_snapshot = 0.0
         self._in_journal = "JOURNAL_STREAM" in os.environ
 
     def run(self) -> None:
-        # The guarding process ends first; its closed end of the line is the order to finish.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
-        signal.set_wakeup_fd(-1)
         with contextlib.suppress(OSError):
             os.set_blocking(sys.stdout.fileno(), False)
         poll = select.poll()
@@ -161,6 +172,8 @@ class _Writer:
                 self._next_snapshot = now + (_SNAPSHOT_NEAR_S if self._near else _SNAPSHOT_S)
                 with contextlib.suppress(OSError):
                     self._processes = evidence.biggest_processes()
+                state = evidence.container_state(self._settings.paths.docker_data, self._container_id)
+                self._container = state if state is not None else self._container
         self._write_pending(float("inf"))
 
     def _wait_s(self) -> float:
@@ -171,6 +184,9 @@ class _Writer:
         self._values = message["values"]
         self._phase = message["phase"]
         near = bool(message["near"])
+        if message["container_id"] != self._container_id:
+            self._container_id, self._container = message["container_id"], None
+            self._next_snapshot = 0.0
         if near and not self._near:
             self._next_snapshot = 0.0
         self._near = near
@@ -180,7 +196,7 @@ class _Writer:
             self._tell(event)
             name = event.get("evidence")
             if name:
-                bundle = evidence.collect(self._settings, event, message["meminfo"], self._processes)
+                bundle = evidence.collect(self._settings, event, message["meminfo"], self._processes, self._container)
                 self._pending.append((time.monotonic() + _SERIES_AFTER_S, name, bundle))
         self._write_metrics()
 

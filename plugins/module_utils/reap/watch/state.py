@@ -59,35 +59,44 @@ def _positive(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 1 else None
 
 
+# No file has it: the next look reads the file.
+_UNREAD = (-1, -1, -1)
+
+
 class ServiceFile:
     """service.json, read again only when it was replaced."""
 
     def __init__(self, path: Path, boot_id: str) -> None:
         self._path = path
         self._boot_id = boot_id
-        self._stamp: tuple[int, int, int] | None = (-1, -1, -1)
+        self._stamp: tuple[int, int, int] | None = _UNREAD
         self.state = ABSENT
         self.problem: str | None = None
 
     def refresh(self) -> bool:
-        """Read it if it changed; returns whether ``state`` or ``problem`` changed."""
-        try:
-            stat = self._path.stat()
-            stamp: tuple[int, int, int] | None = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
-        except OSError:
-            stamp = None
-        if stamp == self._stamp:
-            return False
-        self._stamp = stamp
+        """Read it if it changed; returns whether ``state`` or ``problem`` changed.
+
+        Only a file that is not there means that nothing is served. An error keeps the last state, and is tried again.
+        """
+        stamp: tuple[int, int, int] | None
         before = (self.state, self.problem)
-        if stamp is None:
-            self.state, self.problem = ABSENT, None
-        else:
+        try:
             try:
+                stat = self._path.stat()
+                stamp = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
+            except FileNotFoundError:
+                stamp = None
+            if stamp == self._stamp:
+                return False
+            if stamp is None:
+                self.state = ABSENT
+            else:
                 self.state = parse_service_state(self._path.read_text(encoding="utf-8"), self._boot_id)
-                self.problem = None
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                self.problem = f"{self._path}: {error}"
+            self._stamp, self.problem = stamp, None
+        except OSError as error:
+            self._stamp, self.problem = _UNREAD, f"{self._path}: {error.strerror or error}"
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._stamp, self.problem = stamp, f"{self._path}: {error}"
         return before != (self.state, self.problem)
 
 
