@@ -16,18 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from . import write
-from .report import flat, gib, number
+from .report import SCHEMA, flat, gib, number, slower_by
 from .theme import page, text
 
 Report = dict[str, Any]
-_STYLES = {"passed": "passed", "passed-slower": "slower", "failed": "failed"}
+_STYLES = {"passed": "passed", "passed-slower": "slower", "failed": "failed", "could-not-run": "failed"}
 # A form as well as a colour.
-_MARKS = {"passed": "✓", "passed-slower": "~", "failed": "✗"}
+_MARKS = {"passed": "✓", "passed-slower": "~", "failed": "✗", "could-not-run": "!"}
+# What a row needs. A report of another version is known by its folder alone; nothing else in it is trusted.
+_UNKNOWN: Report = {
+    "verdict": "of another version", "profile": None, "host": None, "simulated": False, "started_unix": None,
+    "stamp": "", "needle_retained": None, "prompt_tokens": None, "ttft_s": None, "prefill_tok_s": None,
+    "decode_tok_s": None, "mem_available_min_kb": None, "failures": [], "comparison": [],
+}  # fmt: skip
 # What should be the same where hosts serve the same profile: heading -> path in the report.
 _IDENTITIES = {
     "profile": ("profile",),
     "image": ("identity", "image"),
     "base image": ("identity", "base_image"),
+    "patch set": ("identity", "running", "patch_set"),
     "model": ("identity", "model", "repo"),
     "model's commit": ("identity", "model", "revision"),
     "model folder": ("identity", "served", "root"),
@@ -59,18 +66,31 @@ def dig(report: Report, path: tuple[str, ...]) -> Any:
 
 
 def latest_reports(artifacts: Path) -> dict[str, list[tuple[Path, Report]]]:
-    """By host, its newest reports with the newest first. Files that are no report are left out."""
+    """By host, its newest reports with the newest first. Files that are no report are left out.
+
+    A run lies in a folder of its host, as the playbooks leave it; or directly in the given one, as `reap verify --out`
+    does, and then the report names the host.
+    """
     hosts: dict[str, list[tuple[Path, Report]]] = {}
+    by_host = list(artifacts.glob("*/*/report.json"))
     # The name of a run's folder begins with its time.
-    for path in sorted(artifacts.glob("*/*/report.json"), reverse=True):
-        if len(hosts.get(path.parts[-3], [])) == RUNS:
+    for path in sorted([*by_host, *artifacts.glob("*/report.json")], key=lambda path: path.parent.name, reverse=True):
+        host = path.parts[-3] if path in by_host else None
+        if len(hosts.get(host or "", [])) == RUNS:
             continue
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(report, dict) and str(report.get("schema", "")).startswith("reap-verification/"):
-            hosts.setdefault(path.parts[-3], []).append((path, report))
+        if not isinstance(report, dict) or not str(report.get("schema", "")).startswith("reap-verification/"):
+            continue
+        if report["schema"] == SCHEMA:
+            report = {**_UNKNOWN, **report}
+        else:
+            report = {**_UNKNOWN, "host": report.get("host"), "stamp": path.parent.name.partition("-")[0]}
+        runs = hosts.setdefault(host or str(report["host"]), [])
+        if len(runs) < RUNS:
+            runs.append((path, report))
     return dict(sorted(hosts.items()))
 
 
@@ -116,15 +136,20 @@ def render_fleet(hosts: dict[str, list[tuple[Path, Report]]], base: Path) -> str
     """The page; links are relative to `base`, the folder it will lie in."""
     newest = {host: runs[0][1] for host, runs in hosts.items()}
     count = {state: sum(report["verdict"] == state for report in newest.values()) for state in _STYLES}
+    rest = len(newest) - count["passed"] - count["passed-slower"] - count["failed"]
+    unverified = f", {rest} could not be verified" if rest else ""
     parts = [
         "<h1>Verified hosts</h1>",
         f'<p class="muted">{len(newest)} hosts: {count["passed"]} passed, {count["passed-slower"]} passed but slower, '
-        f"{count['failed']} failed. Latest run of each.</p>",
+        f"{count['failed']} failed{unverified}. Latest run of each.</p>",
     ]
     rows = []
     for host, runs in hosts.items():
         path, report = runs[0]
-        when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(report["started_unix"]))
+        started = report["started_unix"]
+        when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(started)) if started else escape(report["stamp"])
+        slower = slower_by(report)
+        verdict = escape(report["verdict"]) + (f'<br><span class="muted">{escape(slower)}</span>' if slower else "")
         retained = report["needle_retained"]
         needle = "–" if retained is None else "found" if retained else "lost"
         earlier = " ".join(
@@ -136,7 +161,7 @@ def render_fleet(hosts: dict[str, list[tuple[Path, Report]]], base: Path) -> str
         rows.append(
             _row(
                 ("", f'<a href="{_link(path, base)}">{escape(host)}</a>{simulated}'),
-                (_STYLES.get(report["verdict"], "other"), escape(report["verdict"])),
+                (_STYLES.get(report["verdict"], "other"), verdict),
                 ("", text(report["profile"])),
                 ("", f"{needle} in {report['prompt_tokens']:,}" if report["prompt_tokens"] else needle),
                 ("number", number(report["ttft_s"])),

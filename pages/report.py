@@ -1,16 +1,24 @@
-"""The page of one verification, from its report.json."""
+"""The page of one verification, from its report.json.
+
+python3 -m pages.report FOLDER...    draws report.html beside the report.json of each, or of each run in it
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import sys
 import time
+from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from . import write
 from .theme import AMBER, BLUE, GREEN, GRID, INK, MUTED, RED, SURFACE, VIOLET, drawing, page, text
 
 Report = dict[str, Any]
@@ -19,7 +27,9 @@ _VERDICTS = {
     "passed": ("passed", "passed"),
     "passed-slower": ("slower", "passed, but slower than published"),
     "failed": ("failed", "failed"),
+    "could-not-run": ("failed", "could not be verified"),
 }
+SCHEMA = "reap-verification/1"
 _NAMES = {"ttft_s": "Time to first token", "prefill_tok_s": "Prefill", "decode_tok_s": "Decode"}
 _UNITS = {"ttft_s": "s", "prefill_tok_s": "tokens/s", "decode_tok_s": "tokens/s"}
 
@@ -37,8 +47,16 @@ def gib(kib: float | None) -> str:
     return "–" if kib is None else f"{kib / KIB_PER_GIB:.2f} GiB"
 
 
+def slower_by(report: Report) -> str:
+    """The figures that are slower than the published ones, and by how much; empty where none is."""
+    slow = [row for row in report["comparison"] if row["state"] in ("slower", "too-slow")]
+    return ", ".join(f"{_NAMES[row['name']].lower()} at {row['speed']:.0%}" for row in slow)
+
+
 def _head(report: Report) -> str:
     style, word = _VERDICTS.get(report["verdict"], ("other", report["verdict"]))
+    if report["verdict"] == "passed-slower":
+        word = f"{word}: {slower_by(report)}"
     when = time.strftime("%d %B %Y, %H:%M UTC", time.gmtime(report["started_unix"]))
     subject = report["profile"] or report["model"]
     parts = [
@@ -57,7 +75,8 @@ def _head(report: Report) -> str:
         parts.append(f'<div class="panel banner">{said}</div>')
     if report["failures"]:
         items = "".join(f"<li>{escape(line)}</li>" for line in report["failures"])
-        parts.append(f'<h2>What failed</h2><div class="panel"><ul class="failed">{items}</ul></div>')
+        heading = "Why it could not run" if report["verdict"] == "could-not-run" else "What failed"
+        parts.append(f'<h2>{heading}</h2><div class="panel"><ul class="failed">{items}</ul></div>')
     return "\n".join(parts)
 
 
@@ -85,7 +104,8 @@ def _cards(report: Report) -> str:
     memory = report["memory"]
     if memory:
         distance = memory["distance_to_floor_kb"]
-        more = "" if distance is None else f"{gib(distance)} above the floor"
+        side = "above" if (distance or 0) >= 0 else "below"
+        more = "" if distance is None else f"{gib(abs(distance))} {side} the floor"
         cards.append(("Least memory available", gib(memory["min_kb"]), more))
     return '<div class="cards">' + "".join(
         f'<div class="card panel"><div class="name">{escape(name)}</div>'
@@ -205,7 +225,8 @@ def _tokens(report: Report) -> str:
 def _lengths(report: Report) -> str:
     """The ladder's rates, and the grid's heat map, where those tasks ran."""
     parts = []
-    ladder = (report["tasks"].get("ladder") or {}).get("data", {}).get("needles") or []
+    tried = (report["tasks"].get("ladder") or {}).get("data", {})
+    ladder = tried.get("needles") or []
     steps = [item for item in ladder if item["rates"]]
     if steps:
 
@@ -225,8 +246,12 @@ def _lengths(report: Report) -> str:
             axes.xaxis.set_major_formatter(lambda value, _position: f"{value / 1000:g}k")
             figure.legend(loc="outside lower center", ncols=3)
 
-        lost = next((item for item in ladder if not item["found"]), None)
-        caption = f"First loss at {lost['tokens']:,} tokens." if lost else "Found at every length."
+        caption, stopped = "Found at every length.", tried.get("stopped")
+        if stopped:
+            caption = (
+                f"{'Lost' if stopped['lost'] else 'Found, but ended'} at {stopped['tokens']:,} tokens by "
+                f"{stopped['name']}: found {stopped['found']}, wanted {stopped['wanted']}."
+            )
         parts.append("<h2>Ladder of lengths</h2>" + drawing("ladder", "Ladder of lengths", caption, draw_ladder, 2.8))
     grid = (report["tasks"].get("grid") or {}).get("data", {}).get("needles") or []
     if grid:
@@ -255,6 +280,9 @@ def _lengths(report: Report) -> str:
         found = "All" if good == len(grid) else f"{good} of {len(grid)}"
         caption = f"{found} needles found (✓)"
         caption += "." if good == len(grid) else ", the others lost (✗)."
+        # An answer may be right and its reply not: then the colour tells of the needle and this of the rest.
+        wrong = sorted({name for item in grid if item["found"] for name in item.get("failed", [])})
+        caption += f" Of those found some failed another check: {', '.join(wrong)}." if wrong else ""
         caption += " Depth 0 % is the beginning of the prompt."
         parts.append("<h2>Depth and length</h2>" + drawing("grid", "Heat map of needles", caption, draw_grid, 3.4))
     return "".join(parts)
@@ -357,3 +385,30 @@ def render_report(report: Report) -> str:
         part(report) for part in (_head, _cards, _comparison, _memory, _tokens, _lengths, _tasks, _identity)
     )
     return page(f"{report['verdict']}: {report['profile'] or report['model']} on {report['host']}", body)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw pages; 2 where there is no report."""
+    parser = argparse.ArgumentParser(prog="python3 -m pages.report", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folder of a run, or of runs")
+    for folder in parser.parse_args(argv).folders:
+        found = [folder / "report.json"] if (folder / "report.json").is_file() else sorted(folder.glob("*/report.json"))
+        if not found:
+            print(f"no report.json in {folder}, nor in a folder of it: give the folder of --out", file=sys.stderr)
+            return 2
+        for path in found:
+            try:
+                report = json.loads(path.read_text(encoding="utf-8"))
+                if report.get("schema") != SCHEMA:
+                    raise ValueError(f"its schema is {report.get('schema')!r}, wanted {SCHEMA!r}")
+                page_of = render_report(report)
+            except (OSError, ValueError, KeyError, AttributeError) as error:
+                print(f"{path} is no report that can be drawn: {error}", file=sys.stderr)
+                return 2
+            write(path.with_name("report.html"), page_of.encode())
+            print(path.with_name("report.html"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -11,8 +11,11 @@ import itertools
 import json
 import random
 import re
+import socket
+import struct
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -53,7 +56,8 @@ class Honest(BaseHTTPRequestHandler):
     # ------------------------------------------------------------------ answers
 
     def reasoning(self, body: dict[str, Any]) -> str:
-        return "I look for it."
+        wish = body.get("chat_template_kwargs", {}).get("thinking")
+        return "I look for it." if wish in (None, True) else ""
 
     def content(self, body: dict[str, Any]) -> str:
         text = prompt_of(body["messages"])
@@ -107,7 +111,7 @@ class Honest(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/health":
-            self.send_bytes(200, b"", "text/plain")
+            self.health()
         elif self.path == "/v1/models":
             self.send_json(200, self.models())
         elif self.path == "/version":
@@ -116,6 +120,9 @@ class Honest(BaseHTTPRequestHandler):
             self.send_bytes(200, str(self.metrics()).encode(), "text/plain")
         else:
             self.send_json(404, {"error": {"message": "not found"}})
+
+    def health(self) -> None:
+        self.send_bytes(200, b"", "text/plain")
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -169,9 +176,13 @@ class Honest(BaseHTTPRequestHandler):
             ]
             completion += len(tokens(arguments))
         self.count(completion)
-        reason = "stop" if arguments is None else "tool_calls"
+        reason = self.reason(body, arguments)
         choice = {"index": 0, "message": message, "finish_reason": reason}
         self.send_json(200, {"id": "r", "model": MODEL, "choices": [choice], "usage": self.usage(body, completion)})
+
+    def reason(self, body: dict[str, Any], arguments: str | None) -> str:
+        """The finish reason of a reply with these arguments of a call."""
+        return "stop" if arguments is None else "tool_calls"
 
     def begin_stream(self) -> None:
         self.send_response(200)
@@ -205,7 +216,7 @@ class Honest(BaseHTTPRequestHandler):
             completion += 1 + len(tokens(arguments))
             self.count(1 + len(tokens(arguments)))
         self.count(1)
-        self.finish(body, completion, "stop" if arguments is None else "tool_calls")
+        self.finish(body, completion, self.reason(body, arguments))
 
     def finish(self, body: dict[str, Any], completion: int, reason: str) -> None:
         self.delta({}, reason)
@@ -459,7 +470,307 @@ class MixesUpTheNeedles(Honest):
         return super().content(body)
 
 
+class NamesAllCodes(Honest):
+    """Gives the right code among all others, so that whoever only looks for it is content."""
+
+    def content(self, body: dict[str, Any]) -> str:
+        codes = re.findall(r"vault in \w+ is ([A-Z0-9-]+)\.", prompt_of(body["messages"]))
+        return ", ".join(codes) or super().content(body)
+
+
+class IsUnwell(Honest):
+    def health(self) -> None:
+        self.send_bytes(503, b"", "text/plain")
+
+
+class HangsUpWhenAskedForItsHealth(Honest):
+    def health(self) -> None:
+        self.close_connection = True
+
+
+class DoesNotThink(Honest):
+    """Takes the wish for thinking and does not think."""
+
+    def reasoning(self, body: dict[str, Any]) -> str:
+        return ""
+
+
+class ThinksWhenAsked(Honest):
+    """Thinks only where the request itself asks for it."""
+
+    def reasoning(self, body: dict[str, Any]) -> str:
+        return "I look." if body.get("chat_template_kwargs", {}).get("thinking") is True else ""
+
+
+class WholeAnswersDiffer(Honest):
+    """Another text, other thoughts, another end and another count where the answer is not streamed."""
+
+    def whole(self, body: dict[str, Any], pieces: list[tuple[str, str]], arguments: str | None) -> None:
+        super().whole(body, [("reasoning", "Hm."), ("content", "Well, well."), ("content", "...")], arguments)
+
+    def reason(self, body: dict[str, Any], arguments: str | None) -> str:
+        return "stop" if body.get("stream") else "length"
+
+
+class RunsIntoTheLimit(Honest):
+    def reason(self, body: dict[str, Any], arguments: str | None) -> str:
+        return "length"
+
+
+class ComposesCharacters(Honest):
+    """Normalises what it copies: looks the same, is other bytes."""
+
+    def content(self, body: dict[str, Any]) -> str:
+        return unicodedata.normalize("NFC", super().content(body))
+
+
+class KnowsAsciiOnly(Honest):
+    def content(self, body: dict[str, Any]) -> str:
+        return super().content(body).encode("ascii", "replace").decode()
+
+
+class CallsNoTool(Honest):
+    def tool_arguments(self, body: dict[str, Any]) -> str | None:
+        return None
+
+
+class CallsForAnotherCity(Honest):
+    def tool_arguments(self, body: dict[str, Any]) -> str | None:
+        arguments = super().tool_arguments(body)
+        return None if arguments is None else '{"city": "London"}'
+
+
+class EndsACallAsAnAnswer(Honest):
+    def reason(self, body: dict[str, Any], arguments: str | None) -> str:
+        return "stop"
+
+
+class CountsCallsFromMinusOne(Honest):
+    """An index that Python takes for the last call."""
+
+    def delta(self, delta: dict[str, Any], reason: str | None = None) -> None:
+        calls = [{**call, "index": -1} for call in delta.get("tool_calls", [])]
+        super().delta({**delta, "tool_calls": calls} if calls else delta, reason)
+
+
+class CountsCallsFromTheSky(CountsCallsFromMinusOne):
+    """An index that asks for a list of a thousand million calls."""
+
+    def delta(self, delta: dict[str, Any], reason: str | None = None) -> None:
+        calls = [{**call, "index": 10**9} for call in delta.get("tool_calls", [])]
+        Honest.delta(self, {**delta, "tool_calls": calls} if calls else delta, reason)
+
+
+class ForgetsTheToolResult(Honest):
+    def content(self, body: dict[str, Any]) -> str:
+        return "It is mild." if body["messages"][-1]["role"] == "tool" else super().content(body)
+
+
+class CannotMultiply(Honest):
+    def content(self, body: dict[str, Any]) -> str:
+        return "41" if "7 times 6" in prompt_of(body["messages"]) else super().content(body)
+
+
+class StatesNoContext(Honest):
+    def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": MODEL, "root": self.root, "owned_by": "double"}]}
+
+
+class RefusesInHtml(Honest):
+    """The page of a proxy instead of the API's error."""
+
+    def send_json(self, status: int, data: Any) -> None:
+        if status == 400:
+            self.send_bytes(400, b"<html><body><h1>400 Bad Request</h1></body></html>", "text/html")
+        else:
+            super().send_json(status, data)
+
+
+class RefusesAtLength(Honest):
+    """Not a lie: an error that repeats a good part of what was sent."""
+
+    def send_json(self, status: int, data: Any) -> None:
+        if status == 400:
+            data["error"]["message"] += " Input: " + "7 " * 3000
+        super().send_json(status, data)
+
+
+class HidesWhatRuns(GoesOnAfterACancellation):
+    """The gauge says that nothing runs, and tokens are made all the same."""
+
+    def metrics(self) -> str | None:
+        return re.sub(r"(num_requests_running\S*) \S+", r"\1 0", str(super().metrics()))
+
+
+class CountsInSteps(Honest):
+    """A tokenizer that counts in pairs; with what the calibration adds, no prompt has an even number of tokens."""
+
+    def tokenize(self, body: dict[str, Any]) -> None:
+        if "messages" in body:
+            self.send_json(200, {"count": tokens_of(body["messages"]) // 2 * 2})
+        else:
+            super().tokenize(body)
+
+
+class TokenizerStopsAnswering(Honest):
+    def tokenize(self, body: dict[str, Any]) -> None:
+        if next(self.server.serial) < 3:
+            super().tokenize(body)
+        else:
+            self.send_json(500, {"error": {"message": "no more"}})
+
+
+class ListsModelsThatAreNone(Honest):
+    """Not a lie about the model, but nothing that a program should trip over."""
+
+    def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": ["Double", None, *super().models()["data"]]}
+
+
+class ListsModelsAsADeepHole(Honest):
+    """JSON that is nested deeper than a parser goes."""
+
+    def do_GET(self) -> None:
+        self.send_bytes(200, b"[" * 200_000, "application/json")
+
+
+class ResetsTheConnection(Honest):
+    """Ends in the middle of a chunk and with a reset, as a process that is killed does."""
+
+    def stream(self, body: dict[str, Any], pieces: list[tuple[str, str]], arguments: str | None) -> None:
+        self.begin_stream()
+        for kind, text in pieces[:4]:
+            self.piece(kind, text)
+        # Time to be read: a reset throws away what has not been.
+        time.sleep(0.2)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+
+
+class StopsInsideAChunk(Honest):
+    """Says that a chunk of 4096 bytes follows, and hangs up."""
+
+    def stream(self, body: dict[str, Any], pieces: list[tuple[str, str]], arguments: str | None) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"1000\r\ndata: ")
+        self.close_connection = True
+
+
+class NeverStreams(Honest):
+    def stream(self, body: dict[str, Any], pieces: list[tuple[str, str]], arguments: str | None) -> None:
+        self.whole(body, pieces, arguments)
+
+
+class WritesALogIntoTheStream(Honest):
+    def begin_stream(self) -> None:
+        super().begin_stream()
+        self.wfile.write(b"INFO: request r started\n")
+
+
+class CutsAnEvent(Honest):
+    def piece(self, kind: str, text: str) -> None:
+        self.wfile.write(b'data: {"id": "r", "choices": [{"index": 0, "del\n\n')
+
+
+class AnswersInHtml(Honest):
+    """The sign-in page of a proxy, with status 200."""
+
+    def chat(self, body: dict[str, Any]) -> None:
+        self.send_bytes(200, b"<html><body>Please sign in.</body></html>", "text/html")
+
+
+class FailsInside(Honest):
+    def chat(self, body: dict[str, Any]) -> None:
+        self.send_json(500, {"error": {"message": "EngineDeadError", "code": 500}})
+
+
+class MixesTwoReplies(Honest):
+    def event(self, data: Any) -> None:
+        super().event({**data, "id": f"r{next(self.server.serial) % 2}"})
+
+
+class ForgetsTheUsage(Honest):
+    """States it once, for the request that asks whether it does."""
+
+    def usage(self, body: dict[str, Any], completion: int) -> dict[str, Any] | None:
+        return super().usage(body, completion) if next(self.server.serial) == 0 else None
+
+
+class AddsUpWrongly(Honest):
+    def usage(self, body: dict[str, Any], completion: int) -> dict[str, Any] | None:
+        found = super().usage(body, completion)
+        assert found is not None
+        return {**found, "total_tokens": found["total_tokens"] + 1}
+
+
+class StatesOneToken(Honest):
+    def usage(self, body: dict[str, Any], completion: int) -> dict[str, Any] | None:
+        return super().usage(body, 1)
+
+
+class CountsNoCachedTokens(Honest):
+    """Has metrics, and none of them tells what came from the prefix cache."""
+
+    hidden = "prompt_tokens_cached_total"
+
+    def metrics(self) -> str | None:
+        return "".join(line for line in str(super().metrics()).splitlines(True) if self.hidden not in line)
+
+
+class CountsNoGeneratedTokens(CountsNoCachedTokens):
+    hidden = "generation_tokens_total"
+
+
+class StartsItsCountersAnew(Honest):
+    """The counters go back to zero during a request, as at a restart of the engine."""
+
+    def cached(self, prompt: int) -> int:
+        return -5000 if prompt > 500 else 0
+
+
 # --------------------------------------------------------------------------------------------------- no lies, but gaps
+
+
+class StatesCachedTokensInTheUsage(CountsNoCachedTokens):
+    """No counter for cached tokens, but every reply says how many there were."""
+
+    def usage(self, body: dict[str, Any], completion: int) -> dict[str, Any] | None:
+        found = super().usage(body, completion)
+        assert found is not None
+        return {**found, "prompt_tokens_details": {"cached_tokens": 0}}
+
+
+class TakesItsTimeForAWholeAnswer(Honest):
+    """A reply in one piece comes when its last token is made, long after a first token would have been due."""
+
+    def whole(self, body: dict[str, Any], pieces: list[tuple[str, str]], arguments: str | None) -> None:
+        time.sleep(1.0)
+        super().whole(body, pieces, arguments)
+
+
+class ReadsSlowly(Honest):
+    """Reads a long prompt piece by piece, and its KV cache fills meanwhile: 4096 tokens of room."""
+
+    def chat(self, body: dict[str, Any]) -> None:
+        prompt = tokens_of(body["messages"])
+        for part in range(1, 11) if prompt > 500 else ():
+            self.server.counters["kv_cache_usage_perc"] = round(part / 10 * prompt / 4096, 4)
+            time.sleep(0.08)
+        super().chat(body)
+        self.server.counters["kv_cache_usage_perc"] = 0.0
+
+    def metrics(self) -> str | None:
+        return str(super().metrics()) + 'vllm:cache_config_info{block_size="16",num_gpu_blocks="256"} 1.0\n'
+
+
+class SaysNotANumber(Honest):
+    """Gauges that hold no number, as Prometheus allows."""
+
+    def metrics(self) -> str | None:
+        return str(super().metrics()) + 'vllm:prompt_tokens_cached_total{engine="1"} NaN\n'
 
 
 class WithoutUsage(Honest):

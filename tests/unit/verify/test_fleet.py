@@ -42,6 +42,46 @@ def test_each_host_has_its_newest_run_and_a_failure_says_why(tmp_path: Path) -> 
     assert "spark-3" not in text
 
 
+def test_a_run_that_could_not_be_verified_is_no_tick_of_before(tmp_path: Path) -> None:
+    keep(tmp_path, "spark-1", "20260101T000000Z", report())
+    why = {"verdict": "could-not-run", "failures": ["it streams no usage"], "tasks": {}}
+    keep(tmp_path, "spark-1", "20260102T000000Z", report(**why))
+    text = write_index(tmp_path).read_text(encoding="utf-8")
+    assert "1 hosts: 0 passed, 0 passed but slower, 0 failed, 1 could not be verified" in text
+    assert "it streams no usage" in text
+    assert '<td class="failed" data-name="verdict"><span>could-not-run' in text
+
+
+def test_a_report_of_another_version_is_a_row_without_figures(tmp_path: Path) -> None:
+    keep(tmp_path, "spark-1", "20260101T000000Z", report())
+    keep(tmp_path, "spark-1", "20260102T000000Z", {"schema": "reap-verification/9", "verdict": ["new", "form"]})
+    keep(tmp_path, "spark-2", "20260102T000000Z", {"schema": "reap-verification/1", "verdict": "passed"})
+    text = write_index(tmp_path).read_text(encoding="utf-8")
+    assert "2 hosts: 1 passed, 0 passed but slower, 0 failed, 1 could not be verified" in text
+    assert "of another version" in text
+
+
+def test_runs_of_the_bare_command_are_found_too(tmp_path: Path) -> None:
+    folder = tmp_path / "20260101T000000Z-p"
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps(report(host="spark-9")), encoding="utf-8")
+    assert list(latest_reports(tmp_path)) == ["spark-9"]
+    assert 'href="20260101T000000Z-p/report.html"' in write_index(tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_slower_host_says_by_how_much(tmp_path: Path) -> None:
+    row = {
+        "name": "decode_tok_s",
+        "unit": "tokens/s",
+        "found": 11.9,
+        "reference": 13.9,
+        "speed": 0.86,
+        "state": "slower",
+    }
+    keep(tmp_path, "spark-1", "20260101T000000Z", report(verdict="passed-slower", comparison=[row]))
+    assert "decode at 86%" in write_index(tmp_path).read_text(encoding="utf-8")
+
+
 def test_of_many_runs_the_newest_are_read(tmp_path: Path) -> None:
     data = report()
     for day in range(1, RUNS + 5):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from reap.verify import Settings, verify
+from reap.verify.prompts import UNICODE_SAMPLES
 from tests.support import lying_servers as doubles
 
 TASKS_OF_THE_HONEST = [
@@ -52,7 +53,55 @@ LIES = [
     (doubles.GoesOnAfterACancellation, "cancellation", "nothing_runs"),
     (doubles.AcceptsAnyLength, "over_context", "status_400"),
     (doubles.MixesUpTheNeedles, "needle_among_distractors", "needle_value"),
+    (doubles.NamesAllCodes, "needle_among_distractors", "no_distractor"),
+    (doubles.IsUnwell, "health", "health"),
+    (doubles.HangsUpWhenAskedForItsHealth, "health", "connection"),
+    (doubles.DoesNotThink, "smoke", "reasoning_apart"),
+    (doubles.StreamsOneChunkAtTheEnd, "streaming", "incremental_events"),
+    (doubles.WholeAnswersDiffer, "stream_equals_whole", "same_content"),
+    (doubles.WholeAnswersDiffer, "stream_equals_whole", "same_reasoning"),
+    (doubles.WholeAnswersDiffer, "stream_equals_whole", "same_finish_reason"),
+    (doubles.WholeAnswersDiffer, "stream_equals_whole", "same_usage"),
+    (doubles.ComposesCharacters, "unicode", "exact_combining"),
+    *((doubles.KnowsAsciiOnly, "unicode", f"exact_{name}") for name, _sample in UNICODE_SAMPLES),
+    (doubles.RunsIntoTheLimit, "ascii", "finished"),
+    (doubles.CallsNoTool, "tool_call", "tool_called"),
+    (doubles.CallsForAnotherCity, "tool_call", "tool_arguments_value"),
+    (doubles.EndsACallAsAnAnswer, "tool_call", "tool_finish_reason"),
+    (doubles.CountsCallsFromMinusOne, "tool_call", "tool_index"),
+    (doubles.CountsCallsFromTheSky, "tool_call", "tool_index"),
+    (doubles.ForgetsTheToolResult, "tool_round_trip", "tool_result_used"),
+    (doubles.CallsAToolForEverything, "tool_round_trip", "no_second_call"),
+    (doubles.CannotMultiply, "tool_not_due", "answer"),
+    (doubles.StatesNoContext, "over_context", "context_known"),
+    (doubles.RefusesInHtml, "over_context", "error_message"),
+    (doubles.StreamsOneChunkAtTheEnd, "cancellation", "was_running"),
+    (doubles.HidesWhatRuns, "cancellation", "no_more_tokens"),
+    (doubles.CountsInSteps, "needle", "prompt_length"),
+    (doubles.TokenizerStopsAnswering, "needle", "could_run"),
+    (doubles.ResetsTheConnection, "smoke", "connection"),
+    (doubles.StopsInsideAChunk, "smoke", "connection"),
+    (doubles.NeverStreams, "smoke", "event_stream"),
+    (doubles.WritesALogIntoTheStream, "smoke", "event_stream"),
+    (doubles.CutsAnEvent, "smoke", "event_json"),
+    (doubles.AnswersInHtml, "smoke", "json_body"),
+    (doubles.FailsInside, "smoke", "http_status"),
+    (doubles.MixesTwoReplies, "smoke", "one_reply"),
+    (doubles.ForgetsTheUsage, "smoke", "usage_present"),
+    (doubles.AddsUpWrongly, "smoke", "usage_consistent"),
+    (doubles.StatesOneToken, "smoke", "usage_consistent"),
+    # What is not counted is not proved.
+    (doubles.CountsNoCachedTokens, "needle", "prefix_cache_cold"),
+    (doubles.StartsItsCountersAnew, "needle", "prefix_cache_cold"),
+    (doubles.CountsNoGeneratedTokens, "accounting", "completion_tokens_metrics"),
 ]
+# Settings under which a lie is met.
+CHANGES: dict[type[doubles.Honest], dict[str, Any]] = {
+    doubles.ShorterContextUnderTheName: {"needle_tokens": 500},
+    doubles.HangsAfterTheFirstToken: {"between_tokens_s": 0.5},
+    doubles.DoesNotThink: {"thinking": True},
+    doubles.StatesNoContext: {"max_model_len": None},
+}
 
 
 @pytest.fixture
@@ -74,11 +123,9 @@ def ask(double: type[doubles.Honest], model_dir: Path, tasks: list[str], **chang
             "needle_depth": 0.2,
             "tasks": tasks,
             "cancel_wait_s": 1.0,
-            "between_tokens_s": 0.5 if double is doubles.HangsAfterTheFirstToken else 30.0,
+            "between_tokens_s": 30.0,
         }
-        if double is doubles.ShorterContextUnderTheName:
-            given["needle_tokens"] = 500
-        return verify(Settings(**{**given, **changes}))
+        return verify(Settings(**{**given, **CHANGES.get(double, {}), **changes}))
 
 
 def failed_checks(report: dict[str, Any], task: str) -> set[str]:
@@ -99,3 +146,57 @@ def test_a_lie_is_caught_by_name(double: type[doubles.Honest], task: str, check:
     assert report["verdict"] == "failed"
     assert check in failed_checks(report, task), report["failures"]
     assert any(line.startswith(f"{task}: {check}: ") for line in report["failures"])
+
+
+HONEST_IN_THEIR_WAY = [
+    (doubles.StatesCachedTokensInTheUsage, "needle", {}),
+    (doubles.TakesItsTimeForAWholeAnswer, "stream_equals_whole", {"first_token_s": 0.5}),
+    (doubles.ThinksWhenAsked, "smoke", {"thinking": True}),
+    (doubles.RefusesAtLength, "over_context", {}),
+    (doubles.ListsModelsThatAreNone, "identity", {}),
+    (doubles.SaysNotANumber, "needle", {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("double", "task", "changes"), HONEST_IN_THEIR_WAY, ids=lambda item: getattr(item, "__name__", None)
+)
+def test_who_is_honest_in_another_way_passes(
+    double: type[doubles.Honest], task: str, changes: dict[str, Any], model_dir: Path
+) -> None:
+    report = ask(double, model_dir, [task], **changes)
+    assert report["failures"] == []
+
+
+@pytest.mark.parametrize(
+    ("double", "task", "words"),
+    [
+        (doubles.CountsNoCachedTokens, "needle", "does not say how many prompt tokens came from the prefix cache"),
+        (doubles.CountsNoGeneratedTokens, "accounting", "vllm:generation_tokens_total"),
+    ],
+)
+def test_what_is_not_counted_is_said_where_metrics_are_optional(
+    double: type[doubles.Honest], task: str, words: str, model_dir: Path
+) -> None:
+    report = ask(double, model_dir, [task], metrics="optional")
+    assert report["failures"] == []
+    assert words in report["tasks"][task]["note"]
+
+
+def test_an_echo_is_no_needle_retained(model_dir: Path) -> None:
+    report = ask(doubles.EchoesThePrompt, model_dir, ["needle"])
+    assert report["verdict"] == "failed"
+    assert report["needle_retained"] is False
+    assert report["long_prompts"][0]["found"] is False
+    assert "not_an_echo" in report["long_prompts"][0]["failed"]
+
+
+def test_a_fault_of_the_suite_itself_is_a_failed_check(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_arguments: object) -> None:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr("reap.verify.tasks.bare", broken)
+    report = ask(doubles.Honest, model_dir, ["smoke", "health"])
+    assert failed_checks(report, "smoke") == {"could_run"}
+    assert "IndexError" in report["failures"][0]
+    assert report["tasks"]["health"]["passed"] is True

@@ -5,25 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..fetch.progress import Progress
 from ..verify import CouldNotRun, Settings, verify
 from ..verify.evidence import (
-    REPORT,
     another_generation,
     check_writable,
     generation_passed,
-    new_folder,
+    keep_report,
     service_state,
     subject,
     verified_before,
-    write_atomic,
 )
 from ..verify.settings import SUITES
+from ..verify.verdict import PASSING, headline
 
 HELP = "prove that an endpoint does what its profile says"
 # Where the API key may come from when there is no file for it; never from the command line.
@@ -49,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--needle-depth", type=float, metavar="X", help="where the needle stands in it, 0 to 1")
     parser.add_argument("--lengths", metavar="N,N", help="lengths of the suites full and grid, tokens")
     parser.add_argument("--repeats", type=int, metavar="N", help="how often the long prompt is measured")
+    parser.add_argument("--warmup-tokens", type=int, metavar="N", help="length of the request before the first long "
+                        "one, so that kernels are compiled; 0: none")  # fmt: skip
     parser.add_argument("--metrics", choices=("required", "optional"), help="whether vLLM's metrics must be there")
     parser.add_argument("--thinking", choices=("true", "false"), help="what the chat template is asked to do")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder that gets one folder per run")
@@ -86,6 +88,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         "needle_depth": args.needle_depth,
         "lengths": _lengths(args.lengths),
         "repeats": args.repeats,
+        "warmup_tokens": args.warmup_tokens,
         "metrics": args.metrics,
         "thinking": None if args.thinking is None else args.thinking == "true",
         "evidence_dir": str(args.out) if args.out else None,
@@ -102,11 +105,12 @@ def settings_from(args: argparse.Namespace) -> Settings:
 def outcome(report: dict[str, Any], path: str, settings: Settings, *, skipped: bool) -> dict[str, Any]:
     """What a program reads from the last line.
 
-    `go_back_to` names the generation that served here before when the run failed and its own generation never passed
-    one: then that one is the better one. A generation that passed once and fails now has met something else.
+    `go_back_to` names the generation that served here before when this run did not pass, or could not even begin, and
+    its own generation never passed one: then that one is the better one. A generation that passed once and fails now
+    has met something else.
     """
     generation = report["identity"]["service"]["generation"]
-    proved = report["verdict"] != "failed" or generation_passed(Path(path).parents[1], generation)
+    proved = report["verdict"] in PASSING or generation_passed(Path(path).parents[1], generation)
     return {
         "go_back_to": None if proved else another_generation(settings, generation),
         "changed": not skipped,
@@ -114,26 +118,51 @@ def outcome(report: dict[str, Any], path: str, settings: Settings, *, skipped: b
         "report": path,
         "folder": str(Path(path).parent),
         "verdict": report["verdict"],
+        "headline": headline(report["verdict"], report["comparison"]),
         "failures": report["failures"],
     }
+
+
+class TerminalLine:
+    """One line on a terminal that says how far it is, gone when something is printed; nothing where there is none."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._shown = False
+
+    def show(self, text: str) -> None:
+        if self._stream.isatty():
+            width = shutil.get_terminal_size((100, 24)).columns - 1
+            print(f"\r\x1b[K{text[:width]}", end="", file=self._stream, flush=True)
+            self._shown = True
+
+    def clear(self) -> None:
+        if self._shown:
+            print("\r\x1b[K", end="", file=self._stream, flush=True)
+            self._shown = False
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 passed, 1 failed; 2 (could not run) is raised as CouldNotRun."""
     progress = Progress(args.progress, "verify", unit="tasks") if args.progress else None
+    line = TerminalLine(sys.stderr)
 
-    def say(line: str) -> None:
-        print(line, flush=True)
+    def say(text: str) -> None:
+        line.clear()
+        print(text, flush=True)
 
     task = ""
 
     def step(done: int, total: int | None, unit: str, detail: str) -> None:
         nonlocal task
+        if unit == "tasks":
+            task = f"{detail}, task {done + 1} of {total}" if total else detail
+        position = f", {done:,} of {total:,} {unit}" if total and done and unit != "tasks" else ""
+        line.show(task if unit == "tasks" else f"{task}: {detail}{position}")
         if progress is None:
             return
         if unit == "tasks":
             # No rate: the last tasks take most of the time.
-            task = f"{detail}, task {done + 1} of {total}" if total else detail
             progress.state.update(done=0, total=None, rate=None, eta_s=None)
             progress.update(detail=task)
         else:
@@ -159,14 +188,27 @@ def run(args: argparse.Namespace) -> int:
                 if args.json:
                     print(json.dumps(outcome(before, before["path"], settings, skipped=True)))
                 return 0
-        report = verify(settings, say, step, api_key=key)
-        folder = new_folder(parent, report["stamp"], settings.profile or settings.model)
-        path = folder / REPORT
-        write_atomic(path, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
-    except CouldNotRun as error:
+        name = settings.profile or settings.model
+        try:
+            report = verify(settings, say, step, api_key=key)
+        except CouldNotRun as error:
+            # A service of this recipe that cannot be verified is not a verified one: that is evidence too.
+            if error.report is not None and settings.service_file is not None:
+                path = keep_report(parent, name, error.report)
+                if args.json:
+                    print(json.dumps(outcome(error.report, str(path), settings, skipped=False), ensure_ascii=False))
+            raise
+        path = keep_report(parent, name, report)
+    except (KeyboardInterrupt, CouldNotRun) as stopped:
+        line.clear()
+        error = (
+            stopped if isinstance(stopped, CouldNotRun)
+            else CouldNotRun("interrupted: nothing was proved, and nothing is kept")
+        )  # fmt: skip
         if progress is not None:
             progress.failed(str(error))
-        raise
+        raise error from None
+    line.clear()
     for failure in report["failures"]:
         print(f"FAILED {failure}", file=sys.stderr)
     for note in report["notes"]:
@@ -174,7 +216,7 @@ def run(args: argparse.Namespace) -> int:
     if report["not_compared"]:
         say(f"not compared with published figures: {report['not_compared']}")
     took = time.strftime("%H:%M:%S", time.gmtime(report["seconds"]))
-    say(f"{report['verdict']} after {took}: {path}")
+    say(f"{headline(report['verdict'], report['comparison'])} after {took}: {path}")
     failed = report["verdict"] == "failed"
     if progress is not None:
         if failed:

@@ -46,6 +46,7 @@ PROTOCOL = {
     "json_body": "the body is a JSON object with choices",
     "no_error_body": "status 200 means an answer",
     "utf8_intact": "every character arrives whole",
+    "tool_index": "tool calls numbered from 0, without a gap",
     "stream_complete": "the stream ends with a finish reason and [DONE]",
     "done_once": "[DONE] exactly once, at the end",
 }

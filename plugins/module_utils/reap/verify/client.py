@@ -27,7 +27,14 @@ KEPT_BODY = 2000
 
 
 class CouldNotRun(ReapError):
-    """The verification has no answer: nothing was proved and nothing was refuted."""
+    """The verification has no answer: nothing was proved and nothing was refuted.
+
+    Attributes:
+        report: what is known, where the reason lies in what is verified (it does not answer, has another name, counts
+            nothing); None where it lies in who asks (a wrong setting, a full disk).
+    """
+
+    report: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,8 @@ class Usage:
             return None
         total, details = data.get("total_tokens"), data.get("prompt_tokens_details")
         cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
-        return cls(prompt, completion, total if isinstance(total, int) else None, cached)
+        known = (number if isinstance(number, int) else None for number in (total, cached))
+        return cls(prompt, completion, *known)
 
     def to_dict(self) -> dict[str, int | None]:
         return {
@@ -109,6 +117,7 @@ class Reply:
     end_s: float = 0.0
     cancelled: bool = False
     body: str = ""
+    error: str | None = None
     problems: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -153,15 +162,22 @@ def text_of(part: Mapping[str, Any], *names: str) -> str:
     return ""
 
 
-def merge_tool_calls(calls: list[dict[str, Any]], parts: Any) -> str:
-    """Add the pieces of one streamed event to the calls gathered so far; returns the text that was added."""
-    added = ""
+def merge_tool_calls(reply: Reply, parts: Any) -> str:
+    """Add the pieces of one event to the reply's calls; returns the text that was added.
+
+    A piece belongs to a call that has begun or begins the next one. Any other number would be another call of Python's
+    list (-1), or as many calls as it says.
+    """
+    calls, added = reply.tool_calls, ""
     for part in parts if isinstance(parts, list) else []:
         if not isinstance(part, Mapping):
             continue
         index = part.get("index")
         index = index if isinstance(index, int) else len(calls)
-        while len(calls) <= index:
+        if not 0 <= index <= len(calls):
+            reply.problem("tool_index", f"a piece of tool call number {index}, when {len(calls)} had begun")
+            continue
+        if index == len(calls):
             calls.append({"id": None, "name": "", "arguments": ""})
         call = calls[index]
         call["id"] = part.get("id") or call["id"]
@@ -174,8 +190,27 @@ def merge_tool_calls(calls: list[dict[str, Any]], parts: Any) -> str:
     return added
 
 
+def header_safe(api_key: str | None) -> str | None:
+    """The key without white space round it, or None for none.
+
+    Raises:
+        CouldNotRun: no header can carry it. The library's own error would print the key.
+    """
+    key = (api_key or "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise CouldNotRun(
+            "the API key holds a line break, a control character or a letter beyond ASCII, which no HTTP header can "
+            "carry: check the key file or REAP_API_KEY"
+        )
+    return key or None
+
+
 class Client:
-    """One endpoint. Every request has its own connection, so a broken one cannot spoil the next."""
+    """One endpoint. Every request has its own connection, so a broken one cannot spoil the next.
+
+    Args:
+        extra: keys of the body of every chat request.
+    """
 
     def __init__(
         self,
@@ -184,22 +219,29 @@ class Client:
         *,
         api_key: str | None = None,
         deadlines: Deadlines | None = None,
+        extra: Mapping[str, Any] | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        parts = urlsplit(endpoint)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise CouldNotRun(f"endpoint is {endpoint!r}, wanted a URL like http://127.0.0.1:8000")
+        wanted = "wanted a URL like http://127.0.0.1:8000"
         try:
+            parts = urlsplit(endpoint)
             port = parts.port
+            # What the resolver does with a name later; it cannot do it with an empty label or one of 64 letters.
+            (parts.hostname or "").encode("idna")
         except ValueError as error:
-            raise CouldNotRun(f"endpoint is {endpoint!r}: {error}") from error
+            raise CouldNotRun(f"endpoint is {endpoint!r} ({error}), {wanted}") from error
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise CouldNotRun(f"endpoint is {endpoint!r}, {wanted}")
+        if not parts.path.isascii() or not endpoint.isprintable() or " " in endpoint:
+            raise CouldNotRun(f"endpoint is {endpoint!r}, which holds a character that no URL has; {wanted}")
         path = parts.path.rstrip("/")
         self.base_path = path.removesuffix("/v1")
         self.scheme, self.host = parts.scheme, parts.hostname
         self.port = port or (443 if parts.scheme == "https" else 80)
         self.url = f"{self.scheme}://{parts.netloc.rpartition('@')[2]}{self.base_path}"
         self.model = model
-        self._api_key = api_key
+        self._api_key = header_safe(api_key)
+        self.extra = dict(extra or {})
         self.deadlines = deadlines or Deadlines()
         self.clock = clock
 
@@ -279,6 +321,7 @@ class Client:
             body["temperature"] = temperature
         if stream:
             body["stream_options"] = {"include_usage": True}
+        body.update(self.extra)
         body.update(extra or {})
         reply = Reply(streamed=stream)
         connection = self._connection(limits.connect_s)
@@ -289,7 +332,8 @@ class Client:
             assert sock is not None
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             data = json.dumps(body, ensure_ascii=False).encode()
-            sock.settimeout(limits.first_token_s)
+            # A reply in one piece begins when its last token is made.
+            sock.settimeout(limits.first_token_s if stream else limits.total_s)
             started = self.clock()
             connection.request("POST", self.base_path + "/v1/chat/completions", body=data, headers=self._headers())
             response = connection.getresponse()
@@ -339,6 +383,9 @@ class Client:
             reply.problem("json_body", f"the body is no JSON object: {reply.body[:120]!r}")
             return
         if reply.status != 200:
+            stated = data.get("error")
+            message = stated.get("message") if isinstance(stated, Mapping) else None
+            reply.error = message if isinstance(message, str) and message else None
             return
         if "error" in data or not isinstance(data.get("choices"), list) or not data["choices"]:
             reply.problem("no_error_body", f"status 200, but the body is {reply.body[:160]!r}")
@@ -350,7 +397,7 @@ class Client:
             return
         reply.content = text_of(message, "content")
         reply.reasoning = text_of(message, "reasoning", "reasoning_content")
-        merge_tool_calls(reply.tool_calls, message.get("tool_calls"))
+        merge_tool_calls(reply, message.get("tool_calls"))
         reply.finish_reason = choice.get("finish_reason")
         reply.usage = Usage.read(data.get("usage"))
         self._identity(reply, data)
@@ -446,7 +493,7 @@ class Client:
             return
         reasoning = text_of(delta, "reasoning", "reasoning_content")
         content = text_of(delta, "content")
-        tool = merge_tool_calls(reply.tool_calls, delta.get("tool_calls"))
+        tool = merge_tool_calls(reply, delta.get("tool_calls"))
         for kind, text in (("reasoning", reasoning), ("content", content), ("tool", tool)):
             if text:
                 reply.events.append(TokenEvent(at, kind, text, read))

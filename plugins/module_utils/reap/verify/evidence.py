@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..images.derived import LABEL_BASE_ID, LABEL_PATCHES, LABEL_ROUTER
 from .client import CouldNotRun
 from .settings import Settings
+from .verdict import PASSING
 
 SCHEMA = "reap-verification/1"
 REPORT = "report.json"
@@ -68,6 +71,26 @@ def new_folder(parent: Path, stamp: str, name: str) -> Path:
     raise CouldNotRun(f"{parent} holds 99 runs of {stamp}")
 
 
+def keep_report(parent: Path, name: str, report: Mapping[str, Any]) -> Path:
+    """Write a report into a folder of its own; returns its path.
+
+    Raises:
+        CouldNotRun: it cannot be written, for example because the disk is full. Nothing is left behind.
+    """
+    folder = new_folder(parent, str(report["stamp"]), name)
+    path = folder / REPORT
+    try:
+        write_atomic(path, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise CouldNotRun(
+            f"{path} cannot be written ({error.strerror}); the verdict was {report['verdict']}, and without evidence "
+            "it does not count: make room and verify again"
+        ) from error
+    return path
+
+
 def service_state(settings: Settings) -> dict[str, Any]:
     """What the service says of itself; empty where there is none."""
     if not settings.service_file:
@@ -107,7 +130,7 @@ def generation_passed(parent: Path, generation: str | None) -> bool:
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
             same = report["identity"]["service"]["generation"] == generation
-            if same and report["verdict"] != "failed":
+            if same and report["verdict"] in PASSING:
                 return True
         except (OSError, ValueError, KeyError, TypeError):
             continue
@@ -121,16 +144,20 @@ def verified_before(parent: Path, fingerprint: str) -> dict[str, Any] | None:
             report = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(report, dict) and report.get("subject") == fingerprint and report.get("verdict") != "failed":
+        if isinstance(report, dict) and report.get("subject") == fingerprint and report.get("verdict") in PASSING:
             return {**report, "path": str(path)}
     return None
 
 
-def _first_line(path: str) -> str | None:
+def _lines(path: str) -> list[str]:
     try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()[0].strip()
-    except (OSError, IndexError):
-        return None
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _first_line(path: str) -> str | None:
+    return next((line.strip() for line in _lines(path)), None)
 
 
 def _output(*command: str) -> str | None:
@@ -143,23 +170,34 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def running_image(service: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The image that the serving container really runs, and the patch set its labels name; None where nothing says.
+
+    The configured name is what was asked for. A tag can be moved, the id of a running container's image cannot.
+    """
+    container = service.get("container_id")
+    image = _output("docker", "container", "inspect", "--format", "{{.Image}}", str(container)) if container else None
+    if not image:
+        return None
+    try:
+        labels = json.loads(_output("docker", "image", "inspect", "--format", "{{json .Config.Labels}}", image) or "{}")
+    except ValueError:
+        labels = None
+    labels = labels if isinstance(labels, dict) else {}
+    keys = {"patch_set": LABEL_PATCHES, "router": LABEL_ROUTER, "base_id": LABEL_BASE_ID}
+    return {"image_id": image, **{name: labels.get(label) for name, label in keys.items()}}
+
+
 def host_identity() -> dict[str, Any]:
     """What this machine is; None for what it does not say."""
     gpu = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     name, _, driver = (gpu or "").partition(", ")
     release = {}
-    for line in Path("/etc/os-release").read_text().splitlines() if Path("/etc/os-release").is_file() else []:
+    for line in _lines("/etc/os-release"):
         key, found, value = line.partition("=")
         if found:
             release[key] = value.strip('"')
-    total = next(
-        (
-            int(line.split()[1])
-            for line in (Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else [])
-            if line.startswith("MemTotal:")
-        ),
-        None,
-    )
+    total = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal:")), None)
     return {
         "hostname": platform.node(),
         "architecture": platform.machine(),

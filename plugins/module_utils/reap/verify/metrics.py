@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -33,10 +34,14 @@ class Snapshot:
         return next((self.values[name] for name in names if name in self.values), None)
 
     def growth(self, earlier: Snapshot, *names: str) -> float | None:
-        """How much a counter grew since an earlier reading; None when either does not have it."""
+        """How much a counter grew since an earlier reading.
+
+        None when either does not have it, and when it shrank: then it began anew, and says nothing of the time before.
+        """
         for name in names:
             if name in self.values and name in earlier.values:
-                return self.values[name] - earlier.values[name]
+                grown = self.values[name] - earlier.values[name]
+                return grown if grown >= 0 else None
         return None
 
     def kv_tokens(self) -> int | None:
@@ -61,6 +66,8 @@ def parse_metrics(text: str) -> Snapshot:
         try:
             number = float(value)
         except ValueError:
+            continue
+        if not math.isfinite(number):
             continue
         snapshot.values[name] = snapshot.values.get(name, 0.0) + number
         if name.endswith("_info"):

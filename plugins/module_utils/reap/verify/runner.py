@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import __version__
 from .client import Client, CouldNotRun, Deadlines
-from .evidence import SCHEMA, host_identity, service_state, subject, utc_stamp
+from .evidence import SCHEMA, host_identity, running_image, service_state, subject, utc_stamp
 from .measure import spread
 from .metrics import read_metrics
 from .needle import Needle
@@ -20,7 +20,7 @@ from .sampler import MemorySampler
 from .session import LARGEST_TEMPLATE_OFFSET, Session, TaskResult
 from .settings import Settings
 from .tasks import NEEDLE_QUESTION, PrefillProgress, Task, chosen_tasks, needle_sentence, user
-from .verdict import comparable, compare, judge
+from .verdict import COULD_NOT_RUN, comparable, compare, judge
 
 # Called with one line for each thing that is done.
 Say = Callable[[str], None]
@@ -59,6 +59,7 @@ def preflight(session: Session) -> None:
             f"endpoint {client.url} serves {', '.join(map(str, names)) or 'nothing'}, not {client.model}: "
             "give its name with --model"
         )
+    session.served = {key: served.get(key) for key in ("id", "root", "max_model_len", "owned_by")}
     length = served.get("max_model_len")
     if isinstance(length, int):
         session.context = length
@@ -80,6 +81,21 @@ def preflight(session: Session) -> None:
         session.vllm_version = str(data["version"]) if status == 200 and isinstance(data, Mapping) else None
     except (OSError, http.client.HTTPException, KeyError):
         session.vllm_version = None
+
+
+def why_not(session: Session) -> CouldNotRun | None:
+    """What `preflight` finds; None when the verification can begin."""
+    try:
+        preflight(session)
+    except CouldNotRun as error:
+        return error
+    except Exception as error:
+        # See `run_task`: what a server can send has no end.
+        return CouldNotRun(
+            f"{session.client.url} sends what cannot be read ({type(error).__name__}: {error}): "
+            "is it an OpenAI-compatible endpoint?"
+        )
+    return None
 
 
 def _calibrate(session: Session) -> None:
@@ -127,6 +143,11 @@ def run_task(session: Session, task: Task, expected: bool) -> TaskResult:
         result.check("could_run", False, error, "a task that runs to its end")
     except (OSError, http.client.HTTPException) as error:
         result.check("connection", False, str(error) or type(error).__name__, "an endpoint that answers")
+    except Exception as error:
+        # What a server can send has no end. Something this suite trips over is no proof of anything, and no reason to
+        # throw away what an hour of other tasks found.
+        found = f"{type(error).__name__}: {error}"
+        result.check("could_run", False, found, "a task that runs to its end")
     result.seconds = time.monotonic() - started
     return result
 
@@ -174,12 +195,18 @@ def verify(
         The report: docs/report.schema.json says what is in it.
 
     Raises:
-        CouldNotRun: nothing was proved and nothing refuted.
+        CouldNotRun: nothing was proved and nothing refuted. Where the endpoint is the reason it has a report.
     """
     deadlines = Deadlines(
         first_token_s=settings.first_token_s, between_tokens_s=settings.between_tokens_s, total_s=settings.total_s
     )
-    client = Client(settings.endpoint, settings.model, api_key=api_key or settings.api_key(), deadlines=deadlines)
+    client = Client(
+        settings.endpoint,
+        settings.model,
+        api_key=api_key or settings.api_key(),
+        deadlines=deadlines,
+        extra=None if settings.thinking is None else {"chat_template_kwargs": {"thinking": settings.thinking}},
+    )
     tasks = chosen_tasks(settings.suite, settings.tasks)
     if settings.expected_tasks is not None:
         chosen_tasks(settings.suite, settings.expected_tasks)
@@ -202,8 +229,12 @@ def verify(
             stack.enter_context(sampler)
         begun = time.monotonic()
         step(0, None, "tasks", "asking the endpoint who it is")
-        preflight(session)
+        reason = why_not(session)
         phase("preflight", begun)
+        if reason is not None:
+            seconds = time.monotonic() - started
+            reason.report = _report(settings, session, [], phases, None, service, started_unix, seconds, str(reason))
+            raise reason
         warmed = False
         for number, task in enumerate(tasks):
             step(number, len(tasks), "tasks", task.name)
@@ -233,6 +264,7 @@ def _report(
     service: Mapping[str, Any],
     started_unix: float,
     seconds: float,
+    could_not_run: str | None = None,
 ) -> dict[str, Any]:
     needle = next((result for result in results if result.name == "needle"), None)
     measured = [item for item in (needle.data.get("measured", []) if needle else []) if item]
@@ -247,7 +279,12 @@ def _report(
         [] if not_compared or settings.reference is None
         else compare(medians, settings.reference, settings.slower_below, settings.fail_below)
     )  # fmt: skip
-    verdict, failures = judge(results, comparison, memory, settings.fail_below)
+    if could_not_run is None:
+        verdict, failures = judge(results, comparison, memory, settings.fail_below)
+    else:
+        verdict, failures = COULD_NOT_RUN, [could_not_run]
+    # Where the endpoint is on another machine, this one's identity would be taken for the subject's.
+    on_this_host = session.client.is_local if settings.sample_memory is None else settings.sample_memory
     retained = None
     if needle is not None and needle.ran:
         found_all = [item["found"] for item in needle.data.get("needles", [])]
@@ -269,7 +306,8 @@ def _report(
         "model": settings.model,
         "vllm_version": session.vllm_version,
         "identity": {
-            "host": host_identity() if memory is not None else None,
+            "host": host_identity() if on_this_host else None,
+            "running": running_image(service) if on_this_host else None,
             "served": session.served or None,
             "service": {key: service.get(key) for key in ("generation", "container_id", "started_unix", "boot_id")},
             **settings.identity,

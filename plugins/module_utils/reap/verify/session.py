@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .checks import Check, protocol_checks, shorten
-from .client import Client, CouldNotRun, Deadlines, Reply
+from .client import Client, CouldNotRun, Deadlines, Reply, Usage
 from .measure import Rates, rates
 from .metrics import CACHED, GENERATED, PROMPT, RUNNING, WAITING, Snapshot, read_metrics
 from .needle import Messages, Needle, Prompt, build_prompt, estimate_prompt
 from .settings import Settings
 
-# A calibration difference larger than this is no chat template, it is another count.
+# A calibration difference larger than this is no chat template, it is another count, and is not corrected.
 LARGEST_TEMPLATE_OFFSET = 2048
 # Tokens of another request that may stand in the prefix cache: the blocks that hold the chat template's beginning.
 COLD_CACHE_TOKENS = 1024
@@ -105,14 +105,13 @@ class Session:
         self._label += 1
         return f"{self.run_id}/{self._label:03d}"
 
-    def _template_kwargs(self) -> dict[str, Any]:
-        if self.settings.thinking is None:
-            return {}
-        return {"chat_template_kwargs": {"thinking": self.settings.thinking}}
+    def limit(self, tokens: int) -> int:
+        """A limit of an answer that leaves half of a small context to the prompt: a server refuses any larger one."""
+        return tokens if self.context is None else min(tokens, self.context // 2)
 
     def tokenize(self, messages: Messages) -> int | None:
         """Tokens of these messages by the server's tokenizer, chat template included; None when it has none."""
-        body = {"model": self.client.model, "messages": messages, **self._template_kwargs()}
+        body = {"model": self.client.model, "messages": messages, **self.client.extra}
         try:
             status, data = self.client.get_json("/tokenize", body, timeout=max(60.0, self.client.deadlines.connect_s))
         except (OSError, http.client.HTTPException):
@@ -181,6 +180,7 @@ class Session:
             cold: prove through the counters that the prompt did not come from the prefix cache.
         """
         before = self.snapshot() if accounting or cold else None
+        max_tokens = self.limit(max_tokens)
         reply = self.client.chat(messages, max_tokens=max_tokens, deadlines=deadlines, on_token=on_token, **options)
         self.keep(result, messages, reply)
         if not judge:
@@ -193,14 +193,12 @@ class Session:
             if wanted_tokens is not None:
                 result.check("prompt_tokens_exact", usage.prompt == wanted_tokens, usage.prompt, wanted_tokens)
         if before is not None and usage is not None:
-            self._judge_by_metrics(result, reply, before, accounting, cold)
+            self._judge_by_metrics(result, usage, before, accounting, cold)
         return reply
 
     def _judge_by_metrics(
-        self, result: TaskResult, reply: Reply, before: Snapshot, accounting: bool, cold: bool
+        self, result: TaskResult, usage: Usage, before: Snapshot, accounting: bool, cold: bool
     ) -> None:
-        usage = reply.usage
-        assert usage is not None
         after = self.settled(before, usage.prompt)
         if accounting:
             for name, series, stated in (
@@ -208,15 +206,30 @@ class Session:
                 ("completion_tokens_metrics", GENERATED, usage.completion),
             ):
                 grown = after.growth(before, series)
-                if grown is not None:
+                if grown is None:
+                    self._unproved(result, name, f"{self.client.url}/metrics does not count {series}", "a counter")
+                else:
                     result.check(name, int(grown) == stated, f"{stated} stated, {int(grown)} counted", "the same")
         if cold:
             grown = after.growth(before, *CACHED)
-            cached = max(usage.cached or 0, int(grown or 0))
+            known = [int(number) for number in (usage.cached, grown) if number is not None]
+            if not known:
+                found = "the server does not say how many prompt tokens came from the prefix cache"
+                wanted = f"{' or '.join(CACHED)}, or prompt_tokens_details.cached_tokens in the usage"
+                self._unproved(result, "prefix_cache_cold", found, wanted)
+                return
+            cached = max(known)
             result.data["cached_tokens"] = cached
             limit = max(COLD_CACHE_TOKENS, usage.prompt // 50)
             found = f"{cached} of {usage.prompt} prompt tokens came from the prefix cache"
             result.check("prefix_cache_cold", cached <= limit, found, f"at most {limit}")
+
+    def _unproved(self, result: TaskResult, name: str, found: str, wanted: str) -> None:
+        """What nothing counts: a failed check where the proof is required, a note where it is not."""
+        if self.settings.metrics == "required":
+            result.check(name, False, found, wanted)
+        else:
+            result.note = f"{found}: {name} was not proved"
 
     def keep(self, result: TaskResult, messages: Messages, reply: Reply) -> None:
         """Remember what was sent and got, shortened."""

@@ -6,13 +6,26 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .client import CouldNotRun
 
 SUITES = ("quick", "standard", "full", "grid")
 # The longest is the published prompt before the last one, tokens.
 LADDER = (8000, 32000, 64000, 136534)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from a file has the type that an annotation says. A whole number is a float as well."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
 
 
 @dataclass
@@ -37,14 +50,16 @@ class Settings:
         thinking: whether the chat template is asked to think; None: the server's default is not known.
         needle_tokens: length of the long needle prompt, in tokens, chat template included.
         needle_depth: where in the prompt it stands, 0 to 1.
-        needle_max_tokens, answer_max_tokens, essay_max_tokens: limits of reasoning and content together, tokens.
+        needle_max_tokens, answer_max_tokens, essay_max_tokens: limits of reasoning and content together, tokens. Of
+            the last two never more than half of the context.
         lengths: lengths of the ladder and the grid, tokens; None: those of LADDER below `needle_tokens`, and that.
         depths: depths of the grid.
         repeats: how often the measured request is repeated.
         warmup_tokens: length of the request before the first long one; 0: none. Kernels are compiled at a first
             long prompt.
         slowest_prefill_tok_s: a slower prefill than this is not waited for.
-        first_token_s, between_tokens_s, total_s: deadlines of a short request, seconds.
+        first_token_s, between_tokens_s, total_s: deadlines of a short request, seconds. A reply that is not streamed
+            has the last one only.
         cancel_wait_s: how long a cancelled request may go on, seconds.
         metrics: `required` (no metrics: could not run) or `optional` (the report says that the cache was not proved
             cold).
@@ -74,9 +89,9 @@ class Settings:
     thinking: bool | None = None
     needle_tokens: int = 8000
     needle_depth: float = 0.5
-    needle_max_tokens: int = 512
-    answer_max_tokens: int = 1024
-    essay_max_tokens: int = 2048
+    needle_max_tokens: int = 1536
+    answer_max_tokens: int = 3072
+    essay_max_tokens: int = 6144
     lengths: list[int] | None = None
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     repeats: int = 1
@@ -100,21 +115,30 @@ class Settings:
     evidence_dir: str = "/var/lib/reap/evidence"
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if not _fits(getattr(self, name), hint):
+                wanted = getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)
+                raise CouldNotRun(f"{name} is {getattr(self, name)!r}, wanted {wanted}")
         if not self.model:
             raise CouldNotRun("no model is named: give the name under which it is served")
         if self.suite not in SUITES:
             raise CouldNotRun(f"suite is {self.suite!r}, wanted one of {', '.join(SUITES)}")
         if self.metrics not in ("required", "optional"):
             raise CouldNotRun(f"metrics is {self.metrics!r}, wanted required or optional")
-        for name, low in (("needle_tokens", 64), ("repeats", 1), ("warmup_tokens", 0), ("needle_max_tokens", 1)):
+        least = {"needle_tokens": 64, "repeats": 1, "warmup_tokens": 0}
+        least |= dict.fromkeys(("needle_max_tokens", "answer_max_tokens", "essay_max_tokens"), 1)
+        for name, low in least.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            if value < low:
                 raise CouldNotRun(f"{name} is {value!r}, wanted a whole number of at least {low}")
+        for name in ("slowest_prefill_tok_s", "first_token_s", "between_tokens_s", "total_s", "memory_hertz"):
+            if getattr(self, name) <= 0:
+                raise CouldNotRun(f"{name} is {getattr(self, name)!r}, wanted more than 0")
         for length in self.lengths or ():
-            if not isinstance(length, int) or isinstance(length, bool) or length < 64:
+            if length < 64:
                 raise CouldNotRun(f"a length is {length!r}, wanted a whole number of at least 64 tokens")
         for depth in (self.needle_depth, *self.depths):
-            if not isinstance(depth, int | float) or not 0 <= depth <= 1:
+            if not 0 <= depth <= 1:
                 raise CouldNotRun(f"a depth is {depth!r}, wanted a number from 0 to 1")
         if self.max_model_len is not None:
             self.check_context(self.max_model_len, "context")
@@ -201,3 +225,6 @@ class Settings:
             return None
         except OSError as error:
             raise CouldNotRun(f"API key file {self.api_key_file} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            # Not the error itself: it holds a part of the key.
+            raise CouldNotRun(f"API key file {self.api_key_file} is no text: write the key alone into it") from error

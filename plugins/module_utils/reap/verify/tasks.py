@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import json
 import threading
 import time
 import unicodedata
@@ -11,12 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import answer_checks, bare, tool_call_checks
+from .checks import Check, answer_checks, bare, tool_call_checks
 from .client import CouldNotRun, Reply
 from .metrics import GENERATED, KV_USAGE, RUNNING
 from .needle import Needle, new_code
 from .prompts import PROMPTS, UNICODE_SAMPLES, PromptTask, prose
-from .session import LARGEST_TEMPLATE_OFFSET, Session, TaskResult
+from .session import Session, TaskResult
 
 Work = Callable[[Session, TaskResult], None]
 
@@ -56,16 +55,11 @@ def health(session: Session, result: TaskResult) -> None:
 
 
 def identity(session: Session, result: TaskResult) -> None:
-    """The model under the name is the one of the profile: context length, path, tokenizer."""
-    settings, client = session.settings, session.client
-    status, data = client.get_json("/v1/models")
-    models = data.get("data") if isinstance(data, Mapping) else None
-    names = [str(item.get("id")) for item in models or [] if isinstance(item, Mapping)]
-    found = ", ".join(names) or f"status {status}"
-    if not result.check("model_name", client.model in names, found, client.model):
-        return
-    served = next(item for item in models or [] if item.get("id") == client.model)
-    session.served = {key: served.get(key) for key in ("id", "root", "max_model_len", "owned_by")}
+    """The model under the name is the one of the profile: context length, path, tokenizer.
+
+    That it is served under the name at all was found before: without that nothing runs.
+    """
+    settings, served = session.settings, session.served
     length = served.get("max_model_len")
     if settings.max_model_len is not None:
         wanted = settings.max_model_len
@@ -78,10 +72,8 @@ def identity(session: Session, result: TaskResult) -> None:
         _tokenizer_fingerprint(session, result, added)
     elif settings.model_dir is not None:
         result.note = f"{settings.model_dir} has no tokenizer.json: the tokenizer was not compared"
-    probe = session.ask(result, user("Say yes."), 8, count_tokens=False)
-    if probe.usage is not None and session.has_tokenizer:
-        offset = session.template_offset
-        result.check("template_offset", abs(offset) <= LARGEST_TEMPLATE_OFFSET, offset, "a constant of the template")
+    # Another prompt than the one of the calibration: what its count was corrected by must be the template's.
+    session.ask(result, user("Say yes."), 8)
 
 
 def _tokenizer_fingerprint(session: Session, result: TaskResult, added: Mapping[str, int]) -> None:
@@ -113,8 +105,9 @@ def smoke(session: Session, result: TaskResult) -> None:
     reply = session.ask(result, repeat_prompt(session, code), session.settings.answer_max_tokens)
     result.checks.extend(answer_checks(reply, code))
     result.check("exact_text", bare(reply.content) == code, repr(reply.content[:120]), repr(code))
-    if session.settings.thinking is True and reply.reasoning == "":
-        result.note = "the profile thinks, but no reasoning came apart from the content"
+    if session.settings.thinking is True:
+        found = f"{len(reply.reasoning)} characters of reasoning"
+        result.check("reasoning_apart", reply.reasoning != "", found, "reasoning, apart from the content")
 
 
 def streaming(session: Session, result: TaskResult) -> None:
@@ -150,8 +143,8 @@ def needle(session: Session, result: TaskResult) -> None:
 
 def ask_needle(
     session: Session, result: TaskResult, tokens: int, depth: float, *, measure: bool = False, number: int = 0
-) -> bool:
-    """Hide one needle and ask for it. Returns whether it was found and everything about the reply was right."""
+) -> list[Check]:
+    """Hide one needle and ask for it. Returns what was wrong about the reply, the answer itself first."""
     settings = session.settings
     code = new_code(session.rng)
     session.step(0, tokens, "tokens", f"writing a prompt of {tokens:,} tokens")
@@ -170,8 +163,9 @@ def ask_needle(
             deadlines=session.client.deadlines.for_prompt(prompt.tokens, settings.slowest_prefill_tok_s),
             on_token=progress.token,
         )
-    result.checks.extend(answer_checks(reply, code, question=NEEDLE_QUESTION))
-    found = len(result.failed_checks) == before
+    answered = answer_checks(reply, code, question=NEEDLE_QUESTION)
+    result.checks.extend(answered)
+    failed = result.failed_checks[before:]
     measured = session.measured(result, reply)
     record = {
         "tokens": reply.usage.prompt if reply.usage else prompt.tokens,
@@ -181,7 +175,8 @@ def ask_needle(
         "depth": depth,
         "code": code,
         "answer": bare(reply.content)[:200],
-        "found": code in reply.content,
+        "found": all(check.passed for check in answered),
+        "failed": [check.name for check in failed],
         "rates": measured.to_dict() if measured else None,
     }
     session.long_prompts.append(record)
@@ -190,14 +185,18 @@ def ask_needle(
         result.data.setdefault("measured", []).append(record["rates"])
         if number == 0:
             session.token_times = [[round(event.at, 4), index + 1] for index, event in enumerate(reply.events)]
-    return found
+    # The answer first: whoever asks why it ended wants to know whether the needle was lost.
+    return sorted(failed, key=lambda check: check not in answered)
 
 
 class PrefillProgress:
     """Says how far a long prompt has come while nothing is streamed yet: from the fill of the KV cache."""
 
-    def __init__(self, session: Session, tokens: int, period: float = 1.0) -> None:
-        self.session, self.tokens, self.period = session, tokens, period
+    # Seconds between two looks.
+    period = 1.0
+
+    def __init__(self, session: Session, tokens: int) -> None:
+        self.session, self.tokens = session, tokens
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="prefill-progress", daemon=True)
         self._answered = 0.0
@@ -300,7 +299,7 @@ def prompt_work(task: PromptTask) -> Work:
 
     def work(session: Session, result: TaskResult) -> None:
         settings = session.settings
-        limit = settings.essay_max_tokens if task.essay else settings.answer_max_tokens
+        limit = session.limit(settings.essay_max_tokens if task.essay else settings.answer_max_tokens)
         # The label keeps the prompt out of every cache; it stands last, away from the question.
         reply = session.ask(result, user(f"{task.prompt}\n\n(Reference {session.label()}; do not repeat it.)"), limit)
         if reply.finish_reason == "length":
@@ -397,12 +396,8 @@ def over_context(session: Session, result: TaskResult) -> None:
     reply = session.ask(result, user(" ".join(words)), 16, judge=False)
     result.exchanges[-1]["sent"] = f"{context + 64} random numbers"
     result.check("status_400", reply.status == 400, f"status {reply.status}", "status 400")
-    try:
-        error = json.loads(reply.body).get("error", {})
-        message = error.get("message") if isinstance(error, Mapping) else None
-    except (ValueError, AttributeError):
-        message = None
-    result.check("error_message", bool(message), str(message)[:200] or reply.body[:200], "error.message in a JSON body")
+    found = (reply.error or reply.body)[:200]
+    result.check("error_message", reply.error is not None, found, "error.message in a JSON body")
     code = new_code(session.rng)
     after = session.ask(result, repeat_prompt(session, code), session.settings.answer_max_tokens)
     result.checks.extend(answer_checks(after, code))
@@ -474,10 +469,16 @@ def after_needle(session: Session, result: TaskResult) -> None:
 
 
 def ladder(session: Session, result: TaskResult) -> None:
-    """Needles in longer and longer prompts; ends at the first loss."""
+    """Needles in longer and longer prompts; ends at the first loss, and at anything else that is wrong with a reply."""
     for tokens in session.settings.ladder():
-        if not ask_needle(session, result, tokens, session.settings.needle_depth):
-            result.note = f"lost at {tokens:,} tokens; longer ones were not tried"
+        failed = ask_needle(session, result, tokens, session.settings.needle_depth)
+        if failed:
+            check, lost = failed[0], not result.data["needles"][-1]["found"]
+            result.data["stopped"] = {"tokens": tokens, "lost": lost, **check.to_dict()}
+            result.note = (
+                f"{'lost' if lost else 'found, but ended'} at {tokens:,} tokens: {check.name}: found {check.found}, "
+                f"wanted {check.wanted}; longer ones were not tried"
+            )
             return
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from .session import TaskResult
 
-PASSED, SLOWER, FAILED = "passed", "passed-slower", "failed"
+PASSED, SLOWER, FAILED, COULD_NOT_RUN = "passed", "passed-slower", "failed", "could-not-run"
+# Only these prove a generation.
+PASSING = (PASSED, SLOWER)
 
 # A measured prompt may be this much shorter or longer than the published one and still be compared with it.
 COMPARABLE_LENGTH = 0.02
@@ -42,6 +44,18 @@ def compare(
             {"name": name, "unit": unit, "found": found, "reference": wanted, "speed": round(speed, 4), "state": state}
         )
     return rows
+
+
+def headline(verdict: str, comparison: Sequence[Mapping[str, Any]]) -> str:
+    """The verdict, and by how much what is slower is slower."""
+    names = {"ttft_s": ("TTFT", "s"), "prefill_tok_s": ("prefill", "tok/s"), "decode_tok_s": ("decode", "tok/s")}
+    slow = [row for row in comparison if row["state"] in ("slower", "too-slow")]
+    said = "; ".join(
+        "{} {:.1f} {}, {:.0f} % of published".format(names[row["name"]][0], row["found"], names[row["name"]][1],
+                                                     100 * row["speed"])
+        for row in slow
+    )  # fmt: skip
+    return f"{verdict} ({said})" if said else verdict
 
 
 def comparable(prompt_tokens: int | None, reference: Mapping[str, Any] | None, simulated: bool) -> str | None:
