@@ -8,6 +8,7 @@ module: runtime_image_state
 short_description: Say whether the pinned image and the patched image made of it are on the host
 description:
   - Asks the container engine over its socket. Changes nothing and contacts no registry.
+  - Fails where another base stands behind the same reference than the one that was patched before.
 author: [reap]
 options:
   base:
@@ -41,10 +42,10 @@ EXAMPLES = r"""
 
 RETURN = r"""
 base:
-  description: ID, by which identity it matched, source and whether it is the validated one; null where it is missing.
+  description: ID, by which identity it matched, source, validated or not, and what it is; null where it is missing.
   returned: success
   type: dict
-  sample: {id: "sha256:...", matched: repo digest, source: disk, validated: true}
+  sample: {id: "sha256:...", matched: repo digest, source: disk, validated: true, reference: "host/name@sha256:..."}
 image:
   description: ID of the finished patched image; null where it is missing or made of another base.
   returned: success
@@ -77,7 +78,10 @@ def main() -> None:
             if error.status or not module.params["engine_optional"]:
                 raise
         if module.params["build"] and found:
-            image = derived.current(engine, derived.Build.of(module.params["build"]), found)
+            build = derived.Build.of(module.params["build"])
+            image = derived.current(engine, build, found)
+            if image is None:
+                derived.refuse_changed_base(engine, build, found)
     except ReapError as error:
         module.fail_json(msg=str(error))
     module.exit_json(changed=False, base=found.record() if found else None, image=image)

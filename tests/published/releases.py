@@ -65,6 +65,41 @@ def states(project: str, version: str) -> dict[str, str]:
     return {verdict.id: verdict.state for verdict in patches.plan(own, folder).verdicts}
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def apply_twice(folder: Path, project: str, version: str, router: str) -> None:
+    """Patch one release in a folder of its own: what the report says changes, and nothing at a second run.
+
+    Raises:
+        AssertionError: it is otherwise.
+    """
+    own = [patch for patch in patches.PATCHES if PROJECTS[patch.package] == project]
+    site_packages(folder, project, version)
+    before = contents(folder)
+    first = patches.plan(own, folder, router)
+    assert first.ok, first.verdicts
+    wanted = rows_in_page()[project, version]
+    assert {verdict.id: verdict.state for verdict in first.verdicts} == wanted
+    assert {verdict.id for verdict in first.verdicts if verdict.changed} == {
+        name for name, state in wanted.items() if state == "applied"
+    }
+    patches.write(folder, first.files)
+    after = contents(folder)
+    assert {name for name in after if after[name] != before.get(name)} == set(first.files)
+    for name in first.files:
+        compile(after[name], name, "exec")
+
+    second = patches.plan(own, folder, router)
+    assert second.files == {}
+    assert [verdict.state for verdict in second.verdicts] == [verdict.state for verdict in first.verdicts]
+    assert not any(verdict.changed for verdict in second.verdicts)
+    patches.write(folder, second.files)
+    assert contents(folder) == after
+
+
 def table(releases: dict[str, list[str]]) -> str:
     """The table as markdown: one part per project, one row per release."""
     parts = []

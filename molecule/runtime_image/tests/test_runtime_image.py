@@ -282,8 +282,7 @@ def play(image: dict[str, Any], **environment: str) -> tuple[int, str]:
     """The scenario's playbook with another image, and what it said."""
     command = [str(REPOSITORY / ".venv/bin/ansible-playbook"), str(SCENARIO / "converge.yml"), "-vvv"]
     command += [f"--inventory={REPOSITORY / 'molecule/shared/inventory'}", f"--inventory={SCENARIO / 'inventory'}"]
-    settings = {"reference": image["repository"], "digest": image["digest"], "id": ""}
-    command += ["-e", json.dumps({f"runtime_image_{key}": value for key, value in settings.items()})]
+    command += ["-e", json.dumps({"reap_runtime_image": {**image, "free_bytes": 1}})]
     unwanted = ("ANSIBLE_", "MOLECULE_", "FORCE_COLOR", "PY_COLORS", "REAP_REGISTRY")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(unwanted)}
     kept |= {"ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "LC_ALL": "C.UTF-8", **environment}

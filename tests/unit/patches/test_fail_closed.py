@@ -15,8 +15,9 @@ import pytest
 from reap import patches
 from reap.cli import main
 from reap.errors import ReapError
+from tests.published.releases import LOADER, contents, site_packages
 
-from .test_releases import contents
+from .conftest import FLASHINFER, VLLM
 
 ROOT = Path(__file__).resolve().parents[3]
 BY_ID = {patch.id: patch for patch in patches.PATCHES}
@@ -40,6 +41,21 @@ def repeat(first: str, end: str) -> Callable[[str], str]:
 
     return change
 
+
+def repeat_last(first: str, end: str) -> Callable[[str], str]:
+    """The same with the last such part: the class before has a call of the same look."""
+
+    def change(text: str) -> str:
+        start = text.rindex(first)
+        part = text[start : text.index(end, start)]
+        return text[:start] + part + text[start:]
+
+    return change
+
+
+METHOD = "    def process_weights_after_loading(self, layer):"
+FIND = "\n\ndef find_loaded_library(lib_name):\n    return None\n"
+TEST = "            if lib_name in line:\n"
 
 MUTATIONS = [
     ("router-fallback", "renamed function", swap("def vllm_topk_softplus_sqrt(", "def vllm_topk_softplus_root(")),
@@ -81,6 +97,9 @@ MUTATIONS = [
             "w13_bias, w2_bias)\n        self.done = True\n\n    def get_fused",
         ),
     ),
+    ("mxfp4-hygiene", "duplicated setup", repeat_last("        self._setup_kernel(", "\n    def get_fused")),
+    ("mxfp4-hygiene", "duplicated class", lambda text: text + "\n\nclass Mxfp4MoEMethod:\n    pass\n"),
+    ("mxfp4-hygiene", "duplicated method", lambda text: text.replace(METHOD, f"{METHOD}\n        pass\n\n{METHOD}")),
     ("cutedsl-switch", "renamed function", swap("def has_cutedsl(", "def has_cute_dsl(")),
     (
         "cutedsl-switch",
@@ -90,6 +109,10 @@ MUTATIONS = [
     ("cutedsl-switch", "an argument", swap("def has_cutedsl()", "def has_cutedsl(strict)")),
     ("flashinfer-libcudart", "renamed function", swap("def find_loaded_library(", "def find_library(")),
     ("flashinfer-libcudart", "changed test", swap("if lib_name in line:", "if lib_name in line.lower():")),
+    ("flashinfer-libcudart", "duplicated function", lambda text: text + FIND),
+    ("flashinfer-libcudart", "duplicated test", lambda text: text.replace(TEST, f"{TEST}                pass\n{TEST}")),
+    ("vllm-libcudart", "duplicated function", lambda text: text + FIND),
+    ("vllm-libcudart", "duplicated test", lambda text: text.replace(TEST, f"{TEST}                pass\n{TEST}")),
     ("vllm-libcudart", "renamed function", swap("def find_loaded_library(", "def find_library(")),
     ("vllm-libcudart", "changed test", swap("if lib_name in line:", "if line.count(lib_name):")),
     ("vllm-libcudart", "other source of the map", swap('open("/proc/self/maps")', 'open("/proc/self/smaps")')),
@@ -110,7 +133,73 @@ def test_an_unknown_shape_fails_and_changes_nothing(
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(patch))
     assert "failed" in said
     assert BY_ID[patch].path in said
-    assert "looked for" in said
+    # What was found, by name and version, and what was wanted.
+    package = BY_ID[patch].package
+    assert f"of {package} {FLASHINFER if package == 'flashinfer' else VLLM}: looked for" in said
+
+
+# Releases whose shapes differ from the usual one's.
+LATER = [
+    ("0.33.0", "router-fallback", "renamed kernel", swap("topk_hash_softplus_sqrt", "topk_hash_softplus_root")),
+    ("0.33.0", "router-fallback", "renamed function", swap("vllm_topk_softplus_sqrt", "vllm_topk_softplus_root")),
+    ("0.33.0", "router-fallback", "one more argument by name", swap("is_padding=", "is_dummy=")),
+    (
+        "0.33.0",
+        "router-fallback",
+        "duplicated call",
+        lambda text: text + "\n\ndef again(*args):\n    return ops.topk_hash_softplus_sqrt(*args)\n",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("version", "patch", "change"),
+    [(version, patch, change) for version, patch, _, change in LATER],
+    ids=[f"{version} {patch}: {what}" for version, patch, what, _ in LATER],
+)
+def test_an_unknown_shape_of_a_later_release_fails_and_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], version: str, patch: str, change: Callable[[str], str]
+) -> None:
+    folder = site_packages(tmp_path, "vllm", version)
+    file = folder / BY_ID[patch].path
+    text = file.read_text()
+    file.write_text(change(text))
+    assert file.read_text() != text
+    before = contents(folder)
+    assert main(["patch", "apply", "--site-packages", str(folder)]) == 1
+    assert contents(folder) == before
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(patch))
+    assert f"{BY_ID[patch].path} of vllm {version}: looked for" in said
+
+
+RELEASE = "release_device_memory_under_pressure"
+OUT_OF_THE_LOOP = f"\n\ndef process_weights_after_loading(model):\n    {RELEASE}()\n"
+LOADER_CHANGES = {
+    "renamed": swap(RELEASE, "release_memory_somehow"),
+    "called once, outside the loop": lambda text: (
+        text.replace("def process_weights_after_loading(", "def process_weights(") + OUT_OF_THE_LOOP
+    ),
+    "empty": lambda text: "",
+}
+
+
+@pytest.mark.parametrize("what", LOADER_CHANGES)
+@pytest.mark.parametrize("version", ["0.24.0", "0.28.0", "0.33.0"])
+def test_a_loader_without_the_fix_is_not_taken_for_fixed(tmp_path: Path, version: str, what: str) -> None:
+    """The method is then patched where its shape is known, and refused where it is not; never called fixed."""
+    folder = site_packages(tmp_path, "vllm", version)
+    loader = folder / LOADER
+    loader.write_text(LOADER_CHANGES[what](loader.read_text()))
+    before = contents(folder)
+    known = version in ("0.24.0", "0.28.0")
+    assert main(["patch", "apply", "--site-packages", str(folder)]) == (0 if known else 1)
+    verdict = next(one for one in patches.plan(patches.PATCHES, folder).verdicts if one.id == "mxfp4-hygiene")
+    if known:
+        assert (verdict.state, verdict.changed) == ("applied", False)
+    else:
+        assert verdict.state == "failed"
+        assert f"of vllm {version}: looked for" in verdict.reason
+        assert contents(folder) == before
 
 
 @pytest.mark.parametrize("patch", sorted(BY_ID))
@@ -127,7 +216,11 @@ def test_an_unknown_shape_fails_and_changes_nothing(
 def test_a_file_that_is_not_as_published_fails(unpatched: Path, patch: str, change: Callable[[bytes], bytes]) -> None:
     file = unpatched / BY_ID[patch].path
     file.write_bytes(change(file.read_bytes()))
+    before = contents(unpatched)
     planned = patches.plan(patches.PATCHES, unpatched)
+    if not planned.ok:
+        assert main(["patch", "apply", "--site-packages", str(unpatched)]) == 1
+        assert contents(unpatched) == before
     # An import_utils.py without a word of cute-dsl is how a release without it looks.
     empty_is_fine = patch == "cutedsl-switch" and file.read_bytes() == b""
     assert planned.ok is empty_is_fine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.server
 import json
 import socketserver
@@ -17,6 +18,7 @@ from reap.errors import ReapError
 from reap.fetch.progress import Progress
 from reap.images import base, derived, naming
 from reap.images.engine import Engine, EngineError, auth_header, demultiplex
+from reap.images.labels import LABEL_BASE, LABEL_BASE_ID, LABEL_CANDIDATE, LABEL_MATCHED, LABEL_VALIDATED, WORK
 
 DIGEST, IMAGE_ID = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 
@@ -92,6 +94,283 @@ def test_bases_that_nothing_needs_go_by_the_recipes_own_names(tmp_path: Path) ->
     assert json.loads((tmp_path / "s.json").read_text()) == {"bases": {kept: {"reference": "host/image@x"}}}
 
 
+# What happens to the images of a host, on a double that keeps names, labels and containers as an engine does. The same
+# on a real engine: molecule/runtime_image and molecule/vllm_patches.
+
+
+class HostDouble:
+    """An engine's images, {ID: {names, labels}}, and containers, {name: image ID}. Its archive is a list of images."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, dict[str, Any]] = {}
+        self.containers: dict[str, str] = {}
+        self.archive: list[tuple[str, list[str]]] = []
+        self.pinned_by_others: set[str] = set()
+        self.clock = 0
+
+    def put(self, image: str, *names: str, **labels: str) -> str:
+        """An image appears, as by a pull or a build of somebody."""
+        self.clock += 1
+        entry = self.images.setdefault(image, {"Id": image, "RepoTags": [], "Labels": {}, "Created": self.clock})
+        entry["Labels"].update({key.replace("_", "."): value for key, value in labels.items()})
+        for name in names:
+            repository, _, tag = name.rpartition(":")
+            self.tag(image, repository, tag)
+        return image
+
+    def tag(self, image: str, repository: str, tag: str) -> None:
+        for other in self.images.values():
+            if f"{repository}:{tag}" in other["RepoTags"]:
+                other["RepoTags"].remove(f"{repository}:{tag}")
+        self.images[image]["RepoTags"].append(f"{repository}:{tag}")
+
+    def image(self, name: str) -> dict[str, Any] | None:
+        return next((one for one in self.images.values() if name == one["Id"] or name in one["RepoTags"]), None)
+
+    def remove_image(self, name: str) -> bool:
+        found = self.image(name)
+        used = found is not None and found["Id"] in {*self.containers.values(), *self.pinned_by_others}
+        if found is None or (name == found["Id"] and (used or len(found["RepoTags"]) > 1)):
+            return False
+        found["RepoTags"] = [one for one in found["RepoTags"] if one != name and name != found["Id"]]
+        if not found["RepoTags"] and not used:
+            del self.images[found["Id"]]
+        return True
+
+    def call(self, method: str, target: str, query: dict[str, Any] | None = None, **_: Any) -> Any:
+        if target == "/info":
+            return {"DockerRootDir": "/"}
+        filters = json.loads((query or {}).get("filters", "{}"))
+        if target == "/containers/json":
+            wanted = self.image(filters["ancestor"][0]) or {"Id": None}
+            return [name for name, image in self.containers.items() if image == wanted["Id"]]
+        if target == "/commit":
+            assert query is not None
+            changes = [line.removeprefix("LABEL ").partition("=") for line in (query["changes"] or "").splitlines()]
+            labels = {key: json.loads(value) for key, _, value in changes if key.startswith("io.")}
+            made = self.put(f"sha256:{self.clock:064d}")
+            self.images[made]["Labels"] = {**self.images[self.containers[query["container"]]]["Labels"], **labels}
+            if query.get("repo"):
+                self.tag(made, query["repo"], query["tag"])
+            return {"Id": made}
+        assert (method, target) == ("GET", "/images/json")
+        return [
+            json.loads(json.dumps(one))
+            for one in self.images.values()
+            if all(label.partition("=")[0] in one["Labels"] for label in filters.get("label", []))
+        ]
+
+    def lines(self, method: str, target: str, **_: Any) -> Iterator[dict[str, Any]]:
+        if target == "/images/create":
+            raise EngineError("manifest unknown", 404)
+        for image, names in self.archive:
+            self.put(image, *names)
+        yield {"stream": "loaded"}
+
+    def create(self, image: str, config: dict[str, Any] | None = None, name: str | None = None) -> str:
+        self.containers[name or f"nameless-{len(self.containers)}"] = image
+        return name or f"nameless-{len(self.containers) - 1}"
+
+    def run(self, container: str, timeout: float) -> tuple[int, str]:
+        return 0, ""
+
+    def remove_container(self, container: str) -> None:
+        self.containers.pop(container, None)
+
+    def put_archive(self, folder: Path, *images: tuple[str, list[str]]) -> dict[str, str]:
+        """An archive with these images, as settings."""
+        self.archive = list(images)
+        (folder / "a.tar").write_bytes(b"x")
+        return {"archive": str(folder / "a.tar"), "archive_sha256": hashlib.sha256(b"x").hexdigest()}
+
+
+OLD, NEW, OTHER = ("sha256:" + letter * 64 for letter in "def")
+
+
+def have(host: HostDouble, wanted: base.Spec) -> tuple[base.Found, bool]:
+    return base.ensure(host, wanted, Progress(None, "image_pull"), {})  # type: ignore[arg-type]
+
+
+def patch(host: HostDouble, found: base.Found, name: str = "reap-runtime:x", **more: Any) -> derived.Build:
+    """A patched image of a base, with the labels of one, inheriting the base's."""
+    build = derived.Build.of({"name": name, "patch_set": "p" * 64, "identity": found.reference, **more})
+    inherited = host.images[found.id]["Labels"]
+    made = host.put(f"sha256:{host.clock:064x}")
+    host.images[made]["Labels"] = {**inherited, **build.labels(found)}
+    host.tag(made, *name.split(":"))
+    return build
+
+
+def test_a_cutlass_layer_is_built_once_and_a_patched_image_is_no_layer(tmp_path: Path) -> None:
+    host = HostDouble()
+    host.put(OLD, "my/base:1")
+    wanted = spec(tmp_path, cutlass_base="my/base:1", cutlass_package="cutlass==1")
+    layer, changed = have(host, wanted)
+    assert (layer.source, layer.validated, changed) == ("build", False, True)
+    assert layer.reference == "cutlass==1 on my/base:1"
+    build = patch(host, layer)
+    # The second run: the patched image is newer and has the layer's labels, and yet the layer is what is found.
+    again, changed = have(host, wanted)
+    assert (again.id, changed) == (layer.id, False)
+    assert derived.current(host, build, again) is not None  # type: ignore[arg-type]
+    assert host.containers == {}
+
+
+def test_another_base_under_the_cutlass_layers_name_is_another_layer(tmp_path: Path) -> None:
+    host = HostDouble()
+    host.put(OLD, "my/base:1")
+    wanted = spec(tmp_path, cutlass_base="my/base:1", cutlass_package="cutlass==1")
+    first, _ = have(host, wanted)
+    build = patch(host, first)
+    host.put(NEW, "my/base:1")
+    second, changed = have(host, wanted)
+    assert changed
+    assert second.id != first.id
+    with pytest.raises(ReapError, match=first.id) as caught:
+        derived.refuse_changed_base(host, build, second)  # type: ignore[arg-type]
+    assert second.id in str(caught.value)
+
+
+def test_a_base_that_changed_under_the_same_name_is_one_error_with_both_ids(tmp_path: Path) -> None:
+    host = HostDouble()
+    host.put(OLD, "my/test:1")
+    wanted = spec(tmp_path, override="my/test:1")
+    build = patch(host, have(host, wanted)[0])
+    derived.refuse_changed_base(host, build, have(host, wanted)[0])  # type: ignore[arg-type]
+    host.put(NEW, "my/test:1")
+    changed = have(host, wanted)[0]
+    before = json.dumps(host.images)
+    with pytest.raises(ReapError) as caught:
+        derived.ensure(host, build, changed, tmp_path, Progress(None, "p"))  # type: ignore[arg-type]
+    for word in (OLD, NEW, "my/test:1", "vllm_patches_base_may_change"):
+        assert word in str(caught.value)
+    assert json.dumps(host.images) == before
+    # Under a new patch set the name of the result differs, and the base has changed all the same.
+    for more in ({"patch_set": "q" * 64, "name": "reap-runtime:y"}, {}):
+        other = derived.Build.of({**build.__dict__, **more})
+        with pytest.raises(ReapError, match="changed under the same name"):
+            derived.refuse_changed_base(host, other, changed)  # type: ignore[arg-type]
+        derived.refuse_changed_base(host, derived.Build.of({**other.__dict__, "base_may_change": True}), changed)  # type: ignore[arg-type]
+    # Once that was allowed, the new one is what the name stands for; going back is a change again.
+    patch(host, changed)
+    derived.refuse_changed_base(host, build, changed)  # type: ignore[arg-type]
+    host.put(OLD, "my/test:1")
+    with pytest.raises(ReapError, match="changed under the same name"):
+        derived.refuse_changed_base(host, build, have(host, wanted)[0])  # type: ignore[arg-type]
+
+
+def test_a_patched_image_is_no_base(tmp_path: Path) -> None:
+    host = HostDouble()
+    patch(host, base.Found(host.put(OLD, "my/test:1"), "x", "disk", False, "my/test:1"))
+    found = have(host, spec(tmp_path, override="reap-runtime:x"))[0]
+    build = derived.Build.of({"name": "reap-runtime:y", "patch_set": "p" * 64, "identity": "reap-runtime:x"})
+    with pytest.raises(ReapError, match=r"patched image already.*my/test:1"):
+        derived.ensure(host, build, found, tmp_path, Progress(None, "p"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("found", "labels"),
+    [
+        (
+            base.Found(IMAGE_ID, "image ID", "disk", True, f"host/image@{DIGEST}"),
+            {LABEL_BASE: f"host/image@{DIGEST}", LABEL_MATCHED: "image ID", LABEL_VALIDATED: "true"},
+        ),
+        (
+            base.Found(OLD, "reference my/test:1", "disk", False, "my/test:1"),
+            {LABEL_BASE: "my/test:1", LABEL_MATCHED: "reference my/test:1", LABEL_VALIDATED: "false"},
+        ),
+    ],
+)
+def test_labels_say_what_the_image_is_made_of(found: base.Found, labels: dict[str, str]) -> None:
+    build = derived.Build.of({"name": "reap-runtime:x", "patch_set": "p" * 64, "identity": "whatever was asked for"})
+    assert build.labels(found).items() >= {**labels, LABEL_BASE_ID: found.id}.items()
+
+
+def test_an_archives_own_names_do_not_stay(tmp_path: Path) -> None:
+    host = HostDouble()
+    host.put(OTHER, "theirs:latest")
+    archive = host.put_archive(tmp_path, (IMAGE_ID, ["maker/image:1", "theirs:latest"]), (NEW, ["maker/more:1"]))
+    found, _ = have(host, spec(tmp_path, **archive))
+    assert (found.id, found.source, found.validated) == (IMAGE_ID, "archive", True)
+    assert {one["Id"]: one["RepoTags"] for one in host.images.values()} == {
+        OTHER: ["theirs:latest"],
+        IMAGE_ID: ["reap-base:aaaaaaaaaaaa"],
+    }
+    assert base.prune(host, spec(tmp_path), set()) == ["reap-base:aaaaaaaaaaaa"]  # type: ignore[arg-type]
+    assert set(host.images) == {OTHER}
+
+
+def test_an_archive_that_its_checksum_alone_speaks_for_is_not_called_validated(tmp_path: Path) -> None:
+    host = HostDouble()
+    archive = host.put_archive(tmp_path, (NEW, ["maker/image:1"]))
+    wanted = spec(tmp_path, id="", **archive)
+    for source in ("archive", "disk"):
+        found, _ = have(host, wanted)
+        assert (found.id, found.source, found.matched, found.validated) == (NEW, source, "archive sha256", False)
+    assert archive["archive_sha256"] in found.reference
+
+
+@pytest.mark.parametrize("identity", [IMAGE_ID, ""])
+def test_an_override_out_of_an_archive_is_the_override_and_never_validated(tmp_path: Path, identity: str) -> None:
+    host = HostDouble()
+    archive = host.put_archive(tmp_path, (NEW, ["my/test:1"]))
+    found, _ = have(host, spec(tmp_path, id=identity, override="my/test:1", **archive))
+    assert (found.id, found.source, found.validated) == (NEW, "archive", False)
+    assert host.images[NEW]["RepoTags"] == ["my/test:1"]
+    # One that does not hold it is no stand-in for it, pinned or not.
+    host = HostDouble()
+    archive = host.put_archive(tmp_path, (IMAGE_ID, ["maker/image:1"]))
+    with pytest.raises(ReapError, match=r"wanted my/test:2: it was unloaded"):
+        have(host, spec(tmp_path, id=identity, override="my/test:2", **archive))
+    assert host.images == {}
+
+
+def test_what_could_not_be_unloaded_is_not_called_unloaded(tmp_path: Path) -> None:
+    host = HostDouble()
+    host.pinned_by_others.add(NEW)
+    archive = host.put_archive(tmp_path, (NEW, ["maker/image:1"]))
+    with pytest.raises(ReapError, match=f"{NEW} stays on the host") as caught:
+        have(host, spec(tmp_path, **archive))
+    assert "unloaded" not in str(caught.value)
+
+
+def test_every_patched_image_goes_that_is_older_named_or_not(tmp_path: Path) -> None:
+    host = HostDouble()
+    found = base.Found(host.put(OLD, "my/test:1"), "x", "disk", False, "my/test:1")
+    for name in ("reap-runtime:a", "reap-runtime:b", "reap-runtime:b", "reap-runtime:c", "reap-runtime:c"):
+        patch(host, found, name)
+    names = [one["RepoTags"] for one in host.images.values()]
+    assert names == [["my/test:1"], ["reap-runtime:a"], [], ["reap-runtime:b"], [], ["reap-runtime:c"]]
+    nameless = [one["Id"] for one in host.images.values() if not one["RepoTags"]]
+    assert derived.prune(host, "reap-runtime:c", 2) == [nameless[0], "reap-runtime:a"]  # type: ignore[arg-type]
+    host.containers["serves"] = nameless[1]
+    assert derived.prune(host, "reap-runtime:c") == ["reap-runtime:b"]  # type: ignore[arg-type]
+    del host.containers["serves"]
+    assert derived.prune(host, "reap-runtime:c") == [nameless[1]]  # type: ignore[arg-type]
+    host.tag(host.image("reap-runtime:c")["Id"], "somebody/elses", "image")  # type: ignore[index]
+    assert derived.prune(host) == ["reap-runtime:c"]  # type: ignore[arg-type]
+    assert [one["RepoTags"] for one in host.images.values()] == [["my/test:1"], ["somebody/elses:image"]]
+
+
+def test_what_a_killed_build_left_goes_with_the_next_one() -> None:
+    host = HostDouble()
+    host.put(OLD, "my/test:1")
+    host.put(NEW)
+    host.images[NEW]["Labels"] = {LABEL_CANDIDATE: "reap-runtime:x"}
+    host.containers = {f"{WORK}-image": OLD, f"{WORK}-selftest": NEW, f"{WORK}-cutlass": OLD, "theirs": OLD}
+    assert derived.sweep(host) == [NEW]  # type: ignore[arg-type]
+    assert (set(host.images), set(host.containers)) == ({OLD}, {"theirs"})
+
+
+def test_a_layer_whose_name_went_to_its_successor_goes_by_its_id(tmp_path: Path) -> None:
+    host = HostDouble()
+    host.put(OLD)
+    state = {"bases": {OLD: {"source": "build", "reference": f"host/image@{DIGEST}"}}}
+    (tmp_path / "s.json").write_text(json.dumps(state))
+    assert base.prune(host, spec(tmp_path), set()) == [OLD]  # type: ignore[arg-type]
+    assert host.images == {}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -159,7 +438,7 @@ def test_names_depend_on_base_and_patches_alone() -> None:
 
 def test_a_patched_image_of_another_base_or_of_failed_tests_is_not_current() -> None:
     build = derived.Build.of({"name": "reap-runtime:x", "patch_set": "p" * 64, "identity": DIGEST})
-    found = base.Found(IMAGE_ID, "image ID", "disk", True)
+    found = base.Found(IMAGE_ID, "image ID", "disk", True, f"host/image@{DIGEST}")
     labels = build.labels(found)
 
     def current(**changes: str) -> str | None:
@@ -167,7 +446,9 @@ def test_a_patched_image_of_another_base_or_of_failed_tests_is_not_current() -> 
         return derived.current(EngineDouble(image), build, found)  # type: ignore[arg-type]
 
     assert current() == "sha256:new"
-    for key in labels:
+    # The same image may be found by another of its names or identities next time; nothing is rebuilt for that.
+    assert current(**{LABEL_BASE: "mirror/image@x", LABEL_MATCHED: "repo digest"}) == "sha256:new"
+    for key in set(labels) - {LABEL_BASE, LABEL_MATCHED}:
         assert current(**{key: "other"}) is None, key
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from reap import patches
 from reap.cli import main
-from tests.published.releases import USUAL, files_of, rows_in_page, site_packages, states
+from tests.published.releases import USUAL, apply_twice, contents, files_of, rows_in_page, site_packages, states
 
 RELEASES = [(project, version) for project, versions in USUAL.items() for version in versions]
 
@@ -19,23 +19,12 @@ def test_states_are_those_of_the_table_in_the_docs(project: str, version: str) -
     assert states(project, version) == rows_in_page()[project, version]
 
 
-@pytest.mark.parametrize("version", USUAL["vllm"])
+@pytest.mark.parametrize(("project", "version"), RELEASES)
 @pytest.mark.parametrize("router", patches.ROUTERS)
-def test_apply_changes_what_it_says_and_a_second_run_nothing(tmp_path: Path, version: str, router: str) -> None:
-    folder = site_packages(tmp_path, "vllm", version)
-    before = contents(folder)
-    first = patches.plan(patches.PATCHES, folder, router)
-    assert first.ok, first.verdicts
-    patches.write(folder, first.files)
-    after = contents(folder)
-    assert {name for name in after if after[name] != before.get(name)} == set(first.files)
-    for name in first.files:
-        compile(after[name], name, "exec")
-
-    second = patches.plan(patches.PATCHES, folder, router)
-    assert second.files == {}
-    assert [verdict.state for verdict in second.verdicts] == [verdict.state for verdict in first.verdicts]
-    assert not any(verdict.changed for verdict in second.verdicts)
+def test_apply_changes_what_it_says_and_a_second_run_nothing(
+    tmp_path: Path, project: str, version: str, router: str
+) -> None:
+    apply_twice(tmp_path, project, version, router)
 
 
 @pytest.mark.parametrize("version", USUAL["vllm"])
@@ -77,7 +66,3 @@ def test_the_identity_of_the_set_depends_on_the_variant() -> None:
 
 def test_every_file_that_a_patch_reads_is_fetched() -> None:
     assert {patch.path for patch in patches.PATCHES} <= {*files_of("vllm"), *files_of("flashinfer-python")}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -84,12 +84,14 @@ def _check(engine: Engine, spec: bases.Spec, build: derived.Build | None) -> dic
     if build is None:
         return {"changed": found is None, "base": found.record() if found else None}
     image = derived.current(engine, build, found) if found else None
+    if found and image is None:
+        derived.refuse_changed_base(engine, build, found)
     return {"changed": image is None, "base": found.record() if found else None, "image": build.name, "id": image}
 
 
 def _remove(engine: Engine, spec: bases.Spec) -> dict[str, Any]:
     """Take away what the recipe made or brought and no container uses."""
-    gone = [*derived.prune(engine), *bases.prune(engine, spec, derived.bases_in_use(engine))]
+    gone = [*derived.sweep(engine), *derived.prune(engine), *bases.prune(engine, spec, derived.bases_in_use(engine))]
     return {"changed": bool(gone), "removed": gone}
 
 

@@ -12,16 +12,16 @@ import os
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ReapError
 from ..fetch.progress import Progress, write_json
 from .engine import Engine, EngineError, auth_header
+from .labels import LABEL_CUTLASS, LABEL_CUTLASS_ON, LABEL_PATCHES, WORK, labels_of, tags_of
 
 KEEP_REPOSITORY, CUTLASS_REPOSITORY = "reap-base", "reap-base-cutlass"
-CUTLASS_LABEL = "io.reap.cutlass"
 # A pull that brought nothing new is tried again this often; one that got further starts counting anew.
 ATTEMPTS = 3
 GB = 1e9
@@ -77,6 +77,16 @@ class Spec:
     def pinned(self) -> str:
         return f"{self.repository}@{self.digest}"
 
+    @property
+    def kept_name(self) -> tuple[str, str]:
+        """Repository and tag by which the pinned image is kept."""
+        return KEEP_REPOSITORY, self.digest.partition(":")[2][:12]
+
+    @property
+    def cutlass(self) -> str:
+        """What the cutlass layer is, in words that name its base as the setting does."""
+        return f"{self.cutlass_package} on {self.cutlass_base}"
+
 
 def is_sha256(value: str) -> bool:
     """Whether a text is ``sha256:`` and 64 lower-case hex digits."""
@@ -92,16 +102,18 @@ class Found:
         id: the engine's ID of it.
         matched: by what it was known.
         source: disk, registry, archive or build.
-        validated: it is the pinned image, not one to test.
+        validated: one of the two pinned identities matched.
+        reference: what it is: the pinned name and digest, another image's name, an archive's checksum, or the layer.
     """
 
     id: str
     matched: str
     source: str
     validated: bool
+    reference: str
 
     def record(self) -> dict[str, Any]:
-        return {"id": self.id, "matched": self.matched, "source": self.source, "validated": self.validated}
+        return asdict(self)
 
 
 def _state(spec: Spec) -> dict[str, Any]:
@@ -126,7 +138,7 @@ def locate(engine: Engine, spec: Spec) -> Found | None:
     """The image on the host that has the right identity, None where there is none. Changes nothing."""
     if spec.override:
         image = engine.image(spec.override)
-        return Found(image["Id"], f"reference {spec.override}", "disk", False) if image else None
+        return Found(image["Id"], f"reference {spec.override}", "disk", False, spec.override) if image else None
     for name, matched in (
         (spec.pinned, "repo digest"),
         (spec.digest, "repo digest as image ID"),
@@ -135,21 +147,37 @@ def locate(engine: Engine, spec: Spec) -> Found | None:
         image = engine.image(name) if name else None
         # A name may be a prefix or a tag of something else; the identity itself has to be there.
         if image and (image["Id"] in (spec.digest, spec.id) or _has_digest(image, spec.digest)):
-            return Found(image["Id"], matched, "disk", True)
-    for entry in engine.call("GET", "/images/json") or []:
+            return Found(image["Id"], matched, "disk", True, spec.pinned)
+    entries = engine.call("GET", "/images/json") or []
+    for entry in entries:
         if _has_digest(entry, spec.digest):
-            return Found(entry["Id"], "repo digest under another name", "disk", True)
-    loaded = _state(spec).get("archives", {}).get(spec.archive_sha256.removeprefix("sha256:"))
+            return Found(entry["Id"], "repo digest under another name", "disk", True, spec.pinned)
+    loaded = _state(spec).get("archives", {}).get(_archive_sum(spec))
     if loaded and engine.image(loaded):
-        return Found(loaded, "archive sha256", "disk", bool(spec.archive))
-    if spec.cutlass_base:
-        for entry in engine.call("GET", "/images/json", query={"filters": _label_filter(spec)}) or []:
-            return Found(entry["Id"], "cutlass layer built here", "disk", False)
+        return _from_archive(spec, loaded, "disk")
+    return _cutlass_layer(engine, spec, entries) if spec.cutlass_base else None
+
+
+def _archive_sum(spec: Spec) -> str:
+    return spec.archive_sha256.removeprefix("sha256:")
+
+
+def _from_archive(spec: Spec, image: str, source: str) -> Found:
+    """An image that its archive's checksum alone speaks for: what was meant, but not known to be the pinned one."""
+    return Found(image, "archive sha256", source, False, f"archive sha256:{_archive_sum(spec)}")
+
+
+def _cutlass_layer(engine: Engine, spec: Spec, entries: list[dict[str, Any]]) -> Found | None:
+    base = engine.image(spec.cutlass_base)
+    for entry in sorted(entries, key=lambda one: int(one.get("Created") or 0), reverse=True):
+        labels = labels_of(entry)
+        # A patched image inherits the labels of the layer that it was made of, and is no base.
+        if labels.get(LABEL_CUTLASS) != spec.cutlass or LABEL_PATCHES in labels:
+            continue
+        # Where the base is gone the layer built on it is all there is; where it changed, the layer is another one.
+        if base is None or labels.get(LABEL_CUTLASS_ON) == base["Id"]:
+            return Found(entry["Id"], "cutlass layer built here", "disk", False, spec.cutlass)
     return None
-
-
-def _label_filter(spec: Spec) -> str:
-    return json.dumps({"label": [f"{CUTLASS_LABEL}={spec.cutlass_base} {spec.cutlass_package}"]})
 
 
 def _has_digest(image: Mapping[str, Any], digest: str) -> bool:
@@ -246,8 +274,8 @@ def _pull(engine: Engine, spec: Spec, progress: Progress, secrets: Mapping[str, 
         raise ReapError(f"{reference} was pulled, but the engine shows no image with that identity")
     if not spec.override:
         # Without a name of its own it would look like a leftover to whoever tidies up.
-        engine.tag(found.id, KEEP_REPOSITORY, spec.digest.partition(":")[2][:12])
-    return Found(found.id, found.matched, "registry", found.validated)
+        engine.tag(found.id, *spec.kept_name)
+    return replace(found, source="registry")
 
 
 def _pull_query(reference: str) -> dict[str, str]:
@@ -313,7 +341,7 @@ def _explain(message: str, reference: str, registry: str) -> str:
 
 
 def _load(engine: Engine, spec: Spec, progress: Progress) -> Found:
-    wanted = spec.archive_sha256.removeprefix("sha256:")
+    wanted = _archive_sum(spec)
     path, temporary = Path(spec.archive), None
     if spec.archive.startswith(("http://", "https://")):
         temporary = path = Path(spec.state).parent / f"image-{wanted[:12]}.tar.partial"
@@ -328,7 +356,7 @@ def _load(engine: Engine, spec: Spec, progress: Progress) -> Found:
         if temporary:
             temporary.unlink(missing_ok=True)
         raise ReapError(f"archive {spec.archive} has sha256 {got}, wanted {wanted}: fetch it again; nothing was loaded")
-    before = {entry["Id"] for entry in engine.call("GET", "/images/json") or []}
+    before = engine.call("GET", "/images/json") or []
     progress.update(detail="loading the archive")
     with path.open("rb") as archive:
         for line in engine.lines("POST", "/images/load", query={"quiet": 1}, body=archive, timeout=None):
@@ -336,21 +364,41 @@ def _load(engine: Engine, spec: Spec, progress: Progress) -> Found:
                 raise EngineError(f"archive {path} cannot be loaded: {line['error']}")
     if temporary:
         temporary.unlink(missing_ok=True)
+    after = engine.call("GET", "/images/json") or []
+    new = sorted({entry["Id"] for entry in after} - {entry["Id"] for entry in before})
     found = locate(engine, spec)
-    if found:
-        return Found(found.id, found.matched, "archive", found.validated)
-    new = [entry["Id"] for entry in engine.call("GET", "/images/json") or [] if entry["Id"] not in before]
-    if spec.id or len(new) != 1:
-        for image in new:
-            engine.remove_image(image)
+    if found is None and not spec.override and not spec.id and len(new) == 1:
+        # A saved image has lost its repo digest, and no image ID is pinned: the checked archive is what speaks for it.
+        found = _from_archive(spec, new[0], "archive")
+        _remember(spec, archives={wanted: found.id})
+    if found and not spec.override:
+        engine.tag(found.id, *spec.kept_name)
+    _restore_names(engine, before, after, spec.override)
+    left = [image for image in new if not (found and image == found.id) and not _gone(engine, image)]
+    if found is None:
+        fate = f"{', '.join(left)} stays on the host, because something uses it" if left else "it was unloaded"
         raise ReapError(
-            f"archive {spec.archive} holds {', '.join(new) or 'nothing new'}, wanted {spec.id or spec.digest}: "
-            "it was unloaded"
+            f"archive {spec.archive} holds {', '.join(new) or 'nothing new'}, wanted "
+            f"{spec.override or spec.id or spec.digest}: {fate}"
         )
-    # Without a pinned image ID the checked archive itself is the identity (a saved image has lost its repo digest).
-    engine.tag(new[0], KEEP_REPOSITORY, spec.digest.partition(":")[2][:12])
-    _remember(spec, archives={wanted: new[0]})
-    return Found(new[0], "archive sha256", "archive", True)
+    return replace(found, source="archive")
+
+
+def _restore_names(engine: Engine, before: list[dict[str, Any]], after: list[dict[str, Any]], wanted: str) -> None:
+    """Take back the names that an archive brought or moved; they are its maker's, and would keep images for ever."""
+    had = {name: entry["Id"] for entry in before for name in tags_of(entry)}
+    for entry in after:
+        for name in tags_of(entry):
+            if name not in had and name != wanted:
+                engine.remove_image(name)
+            elif had.get(name, entry["Id"]) != entry["Id"]:
+                repository, _, tag = name.rpartition(":")
+                engine.tag(had[name], repository, tag)
+
+
+def _gone(engine: Engine, image: str) -> bool:
+    """Remove an image by its ID; whether it is gone."""
+    return engine.remove_image(image) or engine.image(image) is None
 
 
 def _sha256(path: Path, progress: Progress | None = None) -> str:
@@ -398,18 +446,22 @@ def _build_cutlass(engine: Engine, spec: Spec, progress: Progress) -> Found:
     _check_space(engine, 2_000_000_000, "the cutlass layer")
     progress.update(detail=f"installing {spec.cutlass_package}")
     pip, package = ["python3", "-m", "pip", "install"], spec.cutlass_package
+    name = f"{WORK}-cutlass"
+    engine.remove_container(name)
     worker = engine.create(
         base["Id"],
         # As a variable, because an older pip does not know the option, and not in Env, which would be committed.
         {"Entrypoint": ["env", "PIP_BREAK_SYSTEM_PACKAGES=1"], "Cmd": [*pip, "--no-cache-dir", "-U", package]},
+        name=name,
     )
     try:
         status, output = engine.run(worker, timeout=1800)
         if status != 0:
             raise ReapError(f"{package} cannot be installed on {spec.cutlass_base}: {output.strip()[-300:]}")
         config = base.get("Config") or {}
-        changes = [f"LABEL {CUTLASS_LABEL}={json.dumps(f'{spec.cutlass_base} {spec.cutlass_package}')}"]
-        changes += [
+        changes = [
+            f"LABEL {LABEL_CUTLASS}={json.dumps(spec.cutlass)}",
+            f"LABEL {LABEL_CUTLASS_ON}={json.dumps(base['Id'])}",
             f"ENTRYPOINT {json.dumps(config.get('Entrypoint') or [])}",
             f"CMD {json.dumps(config.get('Cmd') or [])}",
         ]
@@ -419,7 +471,7 @@ def _build_cutlass(engine: Engine, spec: Spec, progress: Progress) -> Found:
             query={
                 "container": worker,
                 "repo": CUTLASS_REPOSITORY,
-                "tag": spec.digest.partition(":")[2][:12],
+                "tag": str(base["Id"]).partition(":")[2][:12],
                 "changes": "\n".join(changes),
             },
             body={},
@@ -427,7 +479,7 @@ def _build_cutlass(engine: Engine, spec: Spec, progress: Progress) -> Found:
         )["Id"]
     finally:
         engine.remove_container(worker)
-    return Found(str(built), "cutlass layer built here", "build", False)
+    return Found(str(built), "cutlass layer built here", "build", False, spec.cutlass)
 
 
 # Tidying up
@@ -453,11 +505,16 @@ def prune(engine: Engine, spec: Spec, keep: set[str]) -> list[str]:
         filters = json.dumps({"ancestor": [identity]})
         if image and engine.call("GET", "/containers/json", query={"all": 1, "filters": filters}):
             continue
-        tags = (image or {}).get("RepoTags") or []
-        own = [name for name in tags if name.startswith((f"{KEEP_REPOSITORY}:", f"{CUTLASS_REPOSITORY}:"))]
+        own = [
+            name for name in tags_of(image or {}) if name.startswith((f"{KEEP_REPOSITORY}:", f"{CUTLASS_REPOSITORY}:"))
+        ]
         for name in [*own, *([reference] if image else [])]:
             if engine.remove_image(name):
                 gone.append(name)
+        rest = engine.image(identity)
+        # One whose name went to its successor has none that could be removed.
+        if rest and not tags_of(rest) and not rest.get("RepoDigests") and engine.remove_image(identity):
+            gone.append(identity)
         del bases[identity]
     if gone or bases != _state(spec).get("bases", {}):
         write_json(Path(spec.state), state)

@@ -20,13 +20,22 @@ from ..errors import ReapError
 from ..fetch.progress import Progress
 from .base import Found
 from .engine import Engine
+from .labels import (
+    LABEL_BASE,
+    LABEL_BASE_ID,
+    LABEL_CANDIDATE,
+    LABEL_MATCHED,
+    LABEL_PATCHES,
+    LABEL_ROUTER,
+    LABEL_TESTED,
+    LABEL_VALIDATED,
+    WORK,
+    WORK_STEPS,
+    labels_of,
+    tags_of,
+)
 
 REPOSITORY = "reap-runtime"
-LABEL_BASE, LABEL_BASE_ID, LABEL_PATCHES = "io.reap.base", "io.reap.base-id", "io.reap.patch-set"
-LABEL_ROUTER, LABEL_TESTED = "io.reap.router", "io.reap.self-test"
-# Containers of a build are known by their name: a label would be committed into the image and from there into every
-# container of the service.
-WORK = "reap-image-work"
 PROGRAM_IN_IMAGE = "/opt/reap/bin/reap"
 REPORT_IN_IMAGE = "/opt/reap/patch-report.json"
 APPLY_TIMEOUT_S = 600.0
@@ -45,12 +54,14 @@ class Build:
     Attributes:
         name: of the result, repository and tag, as `reap.images.naming` makes it.
         patch_set: identity of the patches, 64 hex digits; the program that applies them must have the same.
-        identity: of the base: its digest, or the reference that stands for it.
+        identity: of the base as the settings name it: its digest, or what stands for it. The result's name is made
+            of it; what the result really is made of stands in its labels.
         router: router variant.
         python: interpreter inside the image, a name or a path.
         site_packages: folder inside the image, or `auto`.
         gpus: give the self-test all GPUs of the host.
         keep: how many older patched images stay, for a rollback.
+        base_may_change: build again where another image stands behind the same reference than last time.
     """
 
     name: str
@@ -61,6 +72,7 @@ class Build:
     site_packages: str = "auto"
     gpus: bool = False
     keep: int = 1
+    base_may_change: bool = False
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Build:
@@ -80,17 +92,14 @@ class Build:
     def labels(self, base: Found) -> dict[str, str]:
         """Labels of a finished image."""
         return {
-            LABEL_BASE: self.identity,
+            LABEL_BASE: base.reference,
             LABEL_BASE_ID: base.id,
+            LABEL_MATCHED: base.matched,
+            LABEL_VALIDATED: "true" if base.validated else "false",
             LABEL_PATCHES: self.patch_set,
             LABEL_ROUTER: self.router,
             LABEL_TESTED: "passed",
         }
-
-
-def labels_of(image: Mapping[str, Any]) -> dict[str, str]:
-    """Labels of an image as `Engine.image` or the engine's list gives it."""
-    return dict(image.get("Labels") or (image.get("Config") or {}).get("Labels") or {})
 
 
 def current(engine: Engine, build: Build, base: Found) -> str | None:
@@ -98,8 +107,34 @@ def current(engine: Engine, build: Build, base: Found) -> str | None:
     image = engine.image(build.name)
     if image is None:
         return None
-    labels = labels_of(image)
-    return str(image["Id"]) if all(labels.get(key) == value for key, value in build.labels(base).items()) else None
+    labels, wanted = labels_of(image), build.labels(base)
+    # By which of its names or identities the same image was found may differ from run to run.
+    same = all(labels.get(key) == wanted[key] for key in wanted if key not in (LABEL_BASE, LABEL_MATCHED))
+    return str(image["Id"]) if same else None
+
+
+def refuse_changed_base(engine: Engine, build: Build, base: Found) -> None:
+    """Stop where a name that can move now stands for another image than the one that was patched last.
+
+    Raises:
+        ReapError: with both IDs; nothing was changed.
+    """
+    if base.validated or build.base_may_change:
+        return
+    made = [entry for entry in _patched(engine) if labels_of(entry).get(LABEL_BASE) == base.reference]
+    if not made:
+        return
+    before = labels_of(max(made, key=lambda one: int(one.get("Created") or 0))).get(LABEL_BASE_ID, "")
+    if before != base.id:
+        raise ReapError(
+            f"the base image {base.reference} changed under the same name: it was {before} when it was patched and is "
+            f"{base.id} now. The patched image that is there stays as it is. Name the image that is meant by its "
+            "digest, or set vllm_patches_base_may_change to patch the new one"
+        )
+
+
+def _patched(engine: Engine, label: str = LABEL_PATCHES) -> list[dict[str, Any]]:
+    return engine.call("GET", "/images/json", query={"filters": json.dumps({"label": [label]})}) or []
 
 
 def ensure(engine: Engine, build: Build, base: Found, program: Path, progress: Progress) -> tuple[dict[str, Any], bool]:
@@ -117,9 +152,14 @@ def ensure(engine: Engine, build: Build, base: Found, program: Path, progress: P
     found = current(engine, build, base)
     if found:
         return {"image": build.name, "id": found, "report": None, "pruned": []}, False
+    refuse_changed_base(engine, build, base)
+    if LABEL_PATCHES in labels_of(engine.image(base.id) or {}):
+        raise ReapError(
+            f"the base image {base.reference} is a patched image already: set runtime_image_ref to the image that it "
+            f"was made of, {labels_of(engine.image(base.id) or {}).get(LABEL_BASE)}"
+        )
     check_memory(build, _read(Path("/proc/meminfo")), _read(WATCHDOG_STATE))
-    for step in ("apply", "image", "selftest"):
-        engine.remove_container(f"{WORK}-{step}")
+    sweep(engine)
     work: list[str] = []
     candidate = ""
     try:
@@ -130,11 +170,11 @@ def ensure(engine: Engine, build: Build, base: Found, program: Path, progress: P
         still = engine.create(base.id, name=f"{WORK}-image")
         work.append(still)
         engine.put(still, files)
-        candidate = _commit(engine, still, {})
+        candidate = _commit(engine, still, {LABEL_CANDIDATE: build.name})
 
         progress.update(2, detail="running the router's self-test in the image")
-        report["selftest"] = _selftest(engine, build, candidate, work)
-        report["base"] = {"identity": build.identity, **base.record()}
+        report["selftest"] = _selftest(engine, build, base, candidate, work)
+        report["base"] = base.record()
         engine.put(still, _tar({REPORT_IN_IMAGE: (_json(report), 0o644)}))
         image = _commit(engine, still, build.labels(base))
         repository, _, tag = build.name.partition(":")
@@ -207,7 +247,7 @@ def _apply(engine: Engine, build: Build, base: Found, program: bytes, work: list
     except ReapError as error:
         if "executable file not found" in str(error) or "no such file" in str(error):
             raise ReapError(
-                f"the base image {build.identity} has no {build.python}: set vllm_patches_python to its Python"
+                f"the base image {base.reference} has no {build.python}: set vllm_patches_python to its Python"
             ) from error
         raise
     if report and report["patch_set"] != build.patch_set:
@@ -218,7 +258,7 @@ def _apply(engine: Engine, build: Build, base: Found, program: bytes, work: list
     if status != 0 or not report:
         failed = [one for one in report.get("patches", []) if one["state"] == "failed"]
         said = "; ".join(f"{one['id']}: {one['reason']}" for one in failed) or output.strip()[-400:]
-        raise ReapError(f"the patches do not fit the base image {build.identity}: {said}")
+        raise ReapError(f"the patches do not fit the base image {base.reference}: {said}")
     members: list[tuple[tarfile.TarInfo, bytes]] = []
     for change in engine.call("GET", f"/containers/{container}/changes") or []:
         path = str(change["Path"])
@@ -274,12 +314,12 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _selftest(engine: Engine, build: Build, candidate: str, work: list[str]) -> dict[str, Any]:
+def _selftest(engine: Engine, build: Build, base: Found, candidate: str, work: list[str]) -> dict[str, Any]:
     container = _worker(engine, build, candidate, ["selftest", "--json"], work, gpus=build.gpus)
     status, outcome, output = _run(engine, container, SELFTEST_TIMEOUT_S, "the router's self-test")
     if status != 0 or not outcome.get("ok"):
         said = outcome.get("problem") or output.strip()[-400:]
-        raise ReapError(f"the patched router failed its self-test in {build.identity}: {said}")
+        raise ReapError(f"the patched router failed its self-test in {base.reference}: {said}")
     return outcome
 
 
@@ -289,21 +329,32 @@ def _commit(engine: Engine, container: str, labels: Mapping[str, str]) -> str:
     return str(engine.call("POST", "/commit", query=query, body={}, timeout=1800)["Id"])
 
 
+def sweep(engine: Engine) -> list[str]:
+    """Remove what a build that was killed left: containers by their names, images by their label.
+
+    Returns:
+        IDs of the images that are gone. Only for the one that holds the lock: a build that runs would lose its own.
+    """
+    for step in WORK_STEPS:
+        engine.remove_container(f"{WORK}-{step}")
+    return [entry["Id"] for entry in _patched(engine, LABEL_CANDIDATE) if engine.remove_image(entry["Id"])]
+
+
 def prune(engine: Engine, current: str = "", keep: int = 0) -> list[str]:
     """Remove patched images beyond the current one and `keep` older ones; what a container uses stays.
 
+    An image whose name went to its successor has none, and goes by its ID; names that somebody else gave stay.
+
     Returns:
-        Names that are gone. Without arguments every patched image goes that no container uses.
+        Names and IDs that are gone. Without arguments every patched image goes that no container uses.
     """
-    entries = engine.call("GET", "/images/json", query={"filters": json.dumps({"label": [LABEL_PATCHES]})}) or []
-    named = [
-        (entry["Created"], name)
-        for entry in entries
-        for name in entry.get("RepoTags") or []
-        if name.startswith(f"{REPOSITORY}:") and name != current
-    ]
+    older = []
+    for entry in _patched(engine):
+        tags = tags_of(entry)
+        own = [name for name in tags if name.startswith(f"{REPOSITORY}:") and name != current]
+        older += [(int(entry["Created"]), name) for name in (own if tags else [entry["Id"]])]
     gone = []
-    for _, name in sorted(named, reverse=True)[keep:]:
+    for _, name in sorted(older, reverse=True)[keep:]:
         if not _in_use(engine, name) and engine.remove_image(name):
             gone.append(name)
     return gone
@@ -311,8 +362,7 @@ def prune(engine: Engine, current: str = "", keep: int = 0) -> list[str]:
 
 def bases_in_use(engine: Engine) -> set[str]:
     """IDs of the bases of all patched images on the host."""
-    entries = engine.call("GET", "/images/json", query={"filters": json.dumps({"label": [LABEL_PATCHES]})}) or []
-    return {labels_of(entry).get(LABEL_BASE_ID, "") for entry in entries}
+    return {labels_of(entry).get(LABEL_BASE_ID, "") for entry in _patched(engine)}
 
 
 def _in_use(engine: Engine, name: str) -> bool:
