@@ -442,6 +442,7 @@ class _Handler(BaseHTTPRequestHandler):
         while left:
             sent = self.connection.send(left)
             self.entry.bytes += sent
+            self.server.log.sent(self.entry)
             left = left[sent:]
 
     def _wait_for_client_to_leave(self) -> None:

@@ -10,6 +10,8 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -237,6 +239,32 @@ def test_the_log_goes_to_a_file_too(root: Path, tmp_path: Path) -> None:
         client.get(SHARD_URL)
         client.log()
     assert json.loads((tmp_path / "log").read_text())["bytes"] == 10240
+
+
+def test_a_hub_that_is_killed_has_written_down_what_it_had_sent(root: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "sim.hub", f"--root={root}", f"--log={log}", "--port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]) as hub:
+        assert hub.stdout is not None
+        url = hub.stdout.readline().strip()
+        rules = {"rules": [{"path": SHARD_URL, "stall_after": 7000, "times": 1}]}
+        urllib.request.urlopen(f"{url}/_control", json.dumps(rules).encode()).close()
+        with urllib.request.urlopen(url + SHARD_URL) as answer:
+            assert len(answer.read(7000)) == 7000
+            hub.kill()
+    (line,) = [json.loads(text) for text in log.read_text().splitlines() if SHARD_URL in text]
+    assert (line["status"], line["offset"], line["bytes"], line["complete"]) == (200, 0, 7000, False)
+
+
+def test_requests_at_once_have_a_line_each(root: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    for client in serve(Hub(root, log_file=log)):
+        with ThreadPoolExecutor(8) as pool:
+            for number in range(40):
+                pool.submit(client.get, SHARD_URL, Range=f"bytes={number}-")
+        client.log()
+    lines = [json.loads(text) for text in log.read_text().splitlines()]
+    assert sorted((line["offset"], line["bytes"]) for line in lines) == [(n, 10240 - n) for n in range(40)]
 
 
 def test_control_wants_its_token(root: Path) -> None:
