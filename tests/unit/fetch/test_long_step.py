@@ -161,6 +161,43 @@ def test_another_command_under_the_same_name_is_refused(play: Play) -> None:
     first.communicate()
 
 
+def test_the_same_step_with_another_command_is_attached_to(play: Play) -> None:
+    """As a fleet's: who is still missing changes the command, and not what it is about."""
+    about = {"repo": "org/m", "revision": "1" * 40}
+    first = play.start(identity=about)
+    play.await_start()
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    rc, out = play.run(identity={**about, "revision": "2" * 40})
+    assert rc != 0
+    assert "already running with another command" in out
+    rc, out = play.run(identity=about, argv=[*play.arguments["argv"], "--another"], mode="start")
+    assert rc == 0, out
+    assert len(play.starts()) == 1
+    assert (play.result()["attached"], play.result()["running"]) == (True, True)
+
+
+def test_every_update_is_a_json_line_for_programs(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = play.folder / "updates.jsonl"
+    monkeypatch.setenv("REAP_PROGRESS_JSON", str(file))
+    # The lines for people are another matter.
+    process = play.start(form="off", hosts="one,two,", step="demo-{{ inventory_hostname }}")
+    limit = time.monotonic() + 60
+    lines: list[dict[str, Any]] = []
+    while {line["host"] for line in lines} != {"one", "two"}:
+        assert time.monotonic() < limit, lines
+        time.sleep(0.2)
+        lines = [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
+    play.go()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert {line["step"] for line in lines} == {"demo-one", "demo-two"}
+    told = [line["progress"] for line in lines if line["progress"]]
+    assert (told[0]["total"], told[0]["source"]) == (94 * 10**9, "hub")
+    assert "94.0 GB" not in out
+    assert SECRET not in file.read_text()
+
+
 def test_a_command_whose_host_died_is_started_again(play: Play) -> None:
     process = play.start()
     play.await_start()
