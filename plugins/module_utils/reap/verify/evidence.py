@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..images.derived import LABEL_BASE_ID, LABEL_PATCHES, LABEL_ROUTER
+from ..images.labels import LABEL_BASE, LABEL_BASE_ID, LABEL_MATCHED, LABEL_PATCHES, LABEL_ROUTER, LABEL_VALIDATED
 from .client import CouldNotRun
 from .settings import Settings
 from .verdict import PASSING
@@ -184,8 +184,15 @@ def running_image(service: Mapping[str, Any]) -> dict[str, Any] | None:
     except ValueError:
         labels = None
     labels = labels if isinstance(labels, dict) else {}
-    keys = {"patch_set": LABEL_PATCHES, "router": LABEL_ROUTER, "base_id": LABEL_BASE_ID}
-    return {"image_id": image, **{name: labels.get(label) for name, label in keys.items()}}
+    keys = {
+        "patch_set": LABEL_PATCHES,
+        "router": LABEL_ROUTER,
+        "base": LABEL_BASE,
+        "base_id": LABEL_BASE_ID,
+        "base_matched": LABEL_MATCHED,
+    }
+    validated = {"true": True, "false": False}.get(labels.get(LABEL_VALIDATED, ""))
+    return {"image_id": image, **{name: labels.get(label) for name, label in keys.items()}, "base_validated": validated}
 
 
 def host_identity() -> dict[str, Any]:
