@@ -14,9 +14,9 @@ from tests.unit.verify.test_lies import LIES, TASKS_OF_THE_HONEST, ask
 VERIFY = Path(checks.__file__).parent
 GERMAN = (
     "Das Fasten ist im Islam ein Gebot, und im Ramadan ist es für die Gläubigen eine Zeit der Stille. Im Christentum "
-    "ist das Fasten vor Ostern üblich, im Judentum ist der Jom Kippur der strengste Tag. Die Regeln sind von Ort zu Ort "
-    "verschieden, und die Menschen halten sich auf ihre Weise daran. Nicht jeder fastet auf die gleiche Weise, und für "
-    "manche ist es eine Übung des Körpers, für andere eine des Geistes, die sie mit der Familie teilen."
+    "ist das Fasten vor Ostern üblich, im Judentum ist der Jom Kippur der strengste Tag. Die Regeln sind von Ort zu "
+    "Ort verschieden, und die Menschen halten sich auf ihre Weise daran. Nicht jeder fastet auf die gleiche Weise, und "
+    "für manche ist es eine Übung des Körpers, für andere eine des Geistes, die sie mit der Familie teilen."
 )
 BOX = "```\n+----------+\n|  SPARK   |\n|          |\n+----------+\n```"
 CHART = "```mermaid\nflowchart TD\n{}\n```"
