@@ -33,7 +33,8 @@ _UNKNOWN: Report = {
 _IDENTITIES = {
     "profile": ("profile",),
     "image": ("identity", "image"),
-    "base image": ("identity", "base_image"),
+    "base image": ("identity", "running", "base"),
+    "validated base": ("identity", "running", "base_validated"),
     "patch set": ("identity", "running", "patch_set"),
     "model": ("identity", "model", "repo"),
     "model's commit": ("identity", "model", "revision"),

@@ -352,11 +352,21 @@ def test_the_running_image_is_the_container_s_and_not_the_configured_name(
 case "$*" in
 "container inspect --format {{.Image}} c0ffee") echo sha256:abc ;;
 "image inspect --format {{json .Config.Labels}} sha256:abc")
-  echo '{"io.reap.patch-set": "5e7", "io.reap.router": "torch", "io.reap.base-id": "sha256:ba5e"}' ;;
+  echo '{"io.reap.patch-set": "5e7", "io.reap.router": "torch", "io.reap.base-id": "sha256:ba5e",
+         "io.reap.base": "my/test:1", "io.reap.base-matched": "reference my/test:1",
+         "io.reap.base-validated": "false"}' ;;
 *) echo "no such object" >&2; exit 1 ;;
 esac"""
     monkeypatch.setenv("PATH", f"{programs(tmp_path, docker=docker)}:/usr/bin:/bin")
-    wanted = {"image_id": "sha256:abc", "patch_set": "5e7", "router": "torch", "base_id": "sha256:ba5e"}
+    wanted = {
+        "image_id": "sha256:abc",
+        "patch_set": "5e7",
+        "router": "torch",
+        "base": "my/test:1",
+        "base_id": "sha256:ba5e",
+        "base_matched": "reference my/test:1",
+        "base_validated": False,
+    }
     assert running_image({"container_id": "c0ffee"}) == wanted
     assert running_image({"container_id": "gone"}) is None
     assert running_image({}) is None
@@ -364,6 +374,7 @@ esac"""
     state.write_text(json.dumps({"container_id": "c0ffee", "generation": "g"}), encoding="utf-8")
     report = report_of(tasks=["smoke"], service_file=str(state))
     assert report["identity"]["running"] == wanted
+    assert "The image is made of my/test:1, which is NOT the validated image." in report["notes"]
     jsonschema.Draft202012Validator(SCHEMA).validate(json.loads(json.dumps(report)))
 
 

@@ -285,6 +285,9 @@ def _report(
         verdict, failures = COULD_NOT_RUN, [could_not_run]
     # Where the endpoint is on another machine, this one's identity would be taken for the subject's.
     on_this_host = session.client.is_local if settings.sample_memory is None else settings.sample_memory
+    running = running_image(service) if on_this_host else None
+    if running and running["base_validated"] is False:
+        session.notes.append(f"The image is made of {running['base']}, which is NOT the validated image.")
     retained = None
     if needle is not None and needle.ran:
         found_all = [item["found"] for item in needle.data.get("needles", [])]
@@ -307,7 +310,7 @@ def _report(
         "vllm_version": session.vllm_version,
         "identity": {
             "host": host_identity() if on_this_host else None,
-            "running": running_image(service) if on_this_host else None,
+            "running": running,
             "served": session.served or None,
             "service": {key: service.get(key) for key in ("generation", "container_id", "started_unix", "boot_id")},
             **settings.identity,
