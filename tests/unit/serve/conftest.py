@@ -20,12 +20,13 @@ import pytest
 import yaml
 
 from reap.serve.config import service_settings
+from reap.serve.state import boot_id, write_text
 
 ROOT = Path(__file__).resolve().parents[3]
 DOUBLES = Path(__file__).parent / "doubles"
 MAIN = (
-    "import sys; from pathlib import Path; from reap.serve.supervisor import Supervisor; "
-    "sys.exit(Supervisor(Path(sys.argv[1]), tick_s=0.05).run())"
+    "import sys; from pathlib import Path; from reap.serve import host; from reap.serve.supervisor import Supervisor; "
+    "host.DROP_CACHES = Path(sys.argv[2]); sys.exit(Supervisor(Path(sys.argv[1]), tick_s=0.05).run())"
 )
 
 
@@ -73,7 +74,18 @@ class Bench:
 
     def image(self, name: str, **behaviour: Any) -> None:
         self.images[name] = behaviour
-        (self.engine / "images.json").write_text(json.dumps(self.images))
+        self.tell("engine/images.json", json.dumps(self.images))
+
+    def tell(self, name: str, text: str) -> None:
+        """Replace a file in one step: a process of the test may be reading it."""
+        write_text(self.folder / name, text, 0o644)
+
+    def watchdog(self, **state: Any) -> int:
+        """What a memory watchdog last wrote, and a process that could be it; returns that one's number."""
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "watch"], text=True)
+        self.processes.append(process)
+        self.tell("run/watchdog.json", json.dumps({"boot_id": boot_id(), "pid": process.pid, **state}))
+        return process.pid
 
     def settings(self, **changes: Any) -> dict[str, Any]:
         profiles = yaml.safe_load((ROOT / "group_vars/all/profiles.yml").read_text())["reap_profiles"]
@@ -97,6 +109,8 @@ class Bench:
             "state_dir": str(self.state_dir),
             "run_dir": str(self.run_dir),
             "evidence_dir": str(self.folder / "evidence"),
+            "watchdog_required": False,
+            "watchdog_settings": str(self.folder / "watchdog.toml"),
             "timings": timings | changes.pop("timings", {}),
             **changes,
         }
@@ -106,25 +120,35 @@ class Bench:
         from reap.serve.config import ServiceConfig
 
         content = service_settings(self.settings(**changes)) | {"fit": None}
-        self.config_path.write_text(json.dumps(content))
+        self.tell(self.config_path.name, json.dumps(content))
         return ServiceConfig.read(self.config_path).generation
 
-    def start(self) -> subprocess.Popen[str]:
-        environment = os.environ | {
+    def environment(self) -> dict[str, str]:
+        """Of everything that is started here: doubles before the real programs."""
+        return os.environ | {
             "PATH": f"{DOUBLES}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT / "plugins/module_utils"),
             "DOUBLE_DOCKER_DIR": str(self.engine),
             "NOTIFY_SOCKET": str(self.folder / "notify"),
         }
+
+    def start(self) -> subprocess.Popen[str]:
+        """The service's main process."""
         process = subprocess.Popen(
-            [sys.executable, "-c", MAIN, str(self.config_path)],
-            env=environment,
+            [sys.executable, "-c", MAIN, str(self.config_path), str(self.folder / "drop_caches")],
+            env=self.environment(),
             stdout=(self.folder / "out").open("w"),
             stderr=subprocess.STDOUT,
             text=True,
         )
         self.processes.append(process)
         return process
+
+    def clean_up(self, result: str, code: str = "", status: str = "") -> None:
+        """What systemd runs after the end of the main process, with what it tells of that end."""
+        ending = {"SERVICE_RESULT": result, "EXIT_CODE": code, "EXIT_STATUS": status}
+        command = [sys.executable, "-m", "reap", "serve", "--config", str(self.config_path), "--clean-up"]
+        subprocess.run(command, env=self.environment() | ending, check=True, timeout=120)
 
     def heard(self) -> list[str]:
         """Every line that was said to systemd so far."""
@@ -148,7 +172,7 @@ class Bench:
         return self.state()
 
     def restarted_by_systemd(self, times: int) -> None:
-        (self.engine / "restarts").write_text(str(times))
+        self.tell("engine/restarts", str(times))
 
     def log(self) -> str:
         path = self.folder / "out"
@@ -162,12 +186,9 @@ class Bench:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-        record = self.engine / "container.json"
-        if record.exists():
-            try:
-                os.kill(self.container_pid(), signal.SIGKILL)
-            except ProcessLookupError:
-                record.unlink()
+        # The engine's double may be removing it at this moment.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            os.kill(self.container_pid(), signal.SIGKILL)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ending:
             ending.sendto(b"", str(self.folder / "notify"))
 

@@ -352,6 +352,47 @@ def test_everything_in_a_cgroup_is_killed_and_never_this_process(tmp_path: Path)
     assert not cgroups.kill({"v2": str(box), "v1": {}}, timeout_s=0.1)
 
 
+MODELS = ("psm_9f8e7d6c", "sem.mp-0671wvju", "VLLM_OBJECT_STORAGE_SHM_BUFFER_1", "torch_7_91_0", "nccl-aB3x9Z",
+          "cuda.shm.0.1f.1")  # fmt: skip
+
+
+def test_shared_memory_of_the_model_is_known_by_its_inode_and_name(tmp_path: Path) -> None:
+    folder, proc = tmp_path / "shm", tmp_path / "proc"
+    folder.mkdir()
+    (proc / "7").mkdir(parents=True)
+    rows = ["7f03-7f04 rw-p 00000000 00:00 0", "7f05-7f06 r-xp 00000000 08:01 42   /usr/lib/libc.so.6"]
+    for name in (*MODELS, "somebodys-own", "psm_of_another"):
+        (folder / name).touch()
+        stat = (folder / name).stat()
+        device = f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}"
+        shown = "sem.aYyyC0 (deleted)" if name.startswith("sem.") else name
+        inode = stat.st_ino if name != "psm_of_another" else 1
+        rows.append(f"7f01-7f02 rw-s 00000000 {device} {inode}       /dev/shm/{shown}")
+    (proc / "7/maps").write_text("\n".join(rows) + "\n")
+    assert shm.mapped([7], folder, proc) == set(MODELS)
+    assert shm.remove([*MODELS, "psm_gone"], folder, proc) == []
+    (proc / "7/maps").unlink()
+    assert shm.remove([*MODELS, "psm_gone"], folder, proc) == sorted(MODELS)
+    assert sorted(path.name for path in folder.iterdir()) == ["psm_of_another", "somebodys-own"]
+
+
+def test_a_semaphore_that_a_killed_process_left_is_removed() -> None:
+    """vLLM spawns its processes: its semaphores keep their names until somebody removes them."""
+    script = (
+        "import multiprocessing as m; from multiprocessing import resource_tracker as r; "
+        "lock = m.get_context('spawn').Lock(); r.unregister(lock._semlock.name, 'semaphore'); "
+        "print(lock._semlock.name[1:], flush=True); input()"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    name = f"sem.{child.stdout.readline().strip()}"
+    assert name in shm.mapped([child.pid])
+    assert shm.remove([name]) == []
+    child.kill()
+    child.wait()
+    assert shm.remove([name]) == [name]
+
+
 def test_only_segments_that_nobody_maps_are_removed() -> None:
     script = (
         "from multiprocessing import shared_memory as s, resource_tracker as r; "

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 from ..errors import ReapError
+from ..serve.aftermath import Ending, settle
 from ..serve.apply import apply, rollback
-from ..serve.cleanup import clean_up
-from ..serve.config import ServiceConfig
+from ..serve.config import ServiceConfig, Timings
 from ..serve.docker import Docker
 from ..serve.failure import Failure
 from ..serve.host import read_key
 from ..serve.notify import Notifier
 from ..serve.proxy import write_key
-from ..serve.state import boot_id, read_json, write_json
 from ..serve.supervisor import Supervisor
 
 HELP = "run the model container in the foreground for systemd"
@@ -66,15 +66,11 @@ def run(args: argparse.Namespace) -> int:
 def _clean_up(config_path: Path) -> int:
     """After the end of the main process, however it ended."""
     try:
-        run_dir = Path(ServiceConfig.read(config_path).run_dir)
+        config = ServiceConfig.read(config_path)
+        run_dir, timings = Path(config.run_dir), config.timings
     except ReapError as error:
         # The file may be gone with a teardown; systemd's folder is then the only place to look.
         print(f"reap serve: {error}", file=sys.stderr)
-        run_dir = Path("/run/reap")
-    clean_up(Docker(), run_dir)
-    state = read_json(run_dir / "service.json")
-    if state and state.get("phase") != "absent" and state.get("boot_id") == boot_id():
-        text = f"the service's main process was killed while {state['phase']}"
-        state |= {"phase": "absent", "detail": text, "progress": None, "container_id": None, "container_pid": None}
-        write_json(run_dir / "service.json", state)
+        run_dir, timings = Path("/run/reap"), Timings()
+    settle(Docker(), run_dir, timings, Ending.from_environment(os.environ))
     return 0

@@ -23,8 +23,12 @@ from .generations import Generations
 from .host import key_mtime_ns, port_taken, require_parts
 from .state import alive, read_json, write_text
 from .supervisor import UNIT
+from .watchdog import UNIT as WATCHDOG_UNIT
+from .watchdog import differs, give_back, missing
 
 _JOURNAL_LINES = 25
+# It says READY=1 a moment before its first state is written.
+_GUARD_S = 5.0
 
 
 @dataclass
@@ -62,13 +66,14 @@ def apply(config_path: Path, *, check: bool = False) -> Outcome:
     reasons = _reasons(wanted, unit, state)
     if not reasons:
         return Outcome(False, wanted.generation, wanted.endpoint, f"{wanted.generation} serves on {wanted.endpoint}")
-    problem = _problem(wanted, state)
+    problem = _problem(wanted, state) or (None if check else _unguarded(wanted))
     if problem:
         # What serves now is left alone, and the file says it again: a boot would serve what the file says.
         generations = Generations(Path(wanted.state_dir))
         serving = generations.config(str(state.get("generation"))) if alive(state) else None
         if serving is not None and serving.generation != wanted.generation and not check:
             _write_back(config_path, serving)
+            _give_back_the_watchdog(serving, generations)
         return Outcome(False, wanted.generation, wanted.endpoint, "; ".join(reasons), f"nothing was changed: {problem}")
     if check:
         return Outcome(True, wanted.generation, wanted.endpoint, "; ".join(reasons))
@@ -112,7 +117,16 @@ def rollback(config_path: Path) -> Outcome:
     if target is None:
         known = ", ".join(generations.good) or "none"
         raise ReapError(f"no generation to go back to from {leaving}: those that served on this host: {known}")
+    problem = _problem(target, state)
+    if problem:
+        text = f"nothing was changed: going back from {leaving} to {target.generation} cannot work: {problem}"
+        return Outcome(False, target.generation, target.endpoint, "", text)
     _write_back(config_path, target)
+    if differs(target, generations.watchdog_settings(target.generation)):
+        if state.get("generation") != target.generation:
+            # Under the floor of the target the one that serves now might be taken for one that eats the host's memory.
+            _systemctl("stop", UNIT, may_fail=True)
+        _give_back_the_watchdog(target, generations)
     outcome = apply(config_path)
     outcome.changed = True
     outcome.msg = f"went back from {leaving} to {target.generation}: {outcome.msg}"
@@ -122,6 +136,22 @@ def rollback(config_path: Path) -> Outcome:
 def _write_back(config_path: Path, config: ServiceConfig) -> None:
     """Write the file in the form in which a provision does: one that asks for the same finds nothing to change."""
     write_text(config_path, json.dumps(config.to_mapping(), indent=2, sort_keys=True) + "\n", 0o644)
+
+
+def _give_back_the_watchdog(config: ServiceConfig, generations: Generations) -> None:
+    settings = generations.watchdog_settings(config.generation)
+    if settings is not None and differs(config, settings):
+        give_back(config, settings)
+
+
+def _unguarded(wanted: ServiceConfig) -> str | None:
+    """Why no load may begin for want of a watchdog; one that is only stopped is started."""
+    if missing(wanted):
+        _systemctl("start", WATCHDOG_UNIT, may_fail=True)
+        end = time.monotonic() + _GUARD_S
+        while missing(wanted) and time.monotonic() < end:
+            time.sleep(0.1)
+    return missing(wanted)
 
 
 def _reasons(wanted: ServiceConfig, unit: dict[str, str], state: dict[str, Any]) -> list[str]:

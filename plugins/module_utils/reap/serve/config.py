@@ -80,6 +80,10 @@ class ServiceConfig:
     timings: Timings = field(default_factory=Timings)
     evidence_dir: str = "/var/lib/reap/evidence/service"
     """Where what was seen of a wedged engine is kept."""
+    watchdog_required: bool = True
+    """Begin no load on a host that no memory watchdog guards."""
+    watchdog_settings: str = "/etc/reap/watchdog.toml"
+    """The watchdog's settings: kept with a generation that serves, and given back with it."""
 
     @classmethod
     def from_mapping(cls, data: object, where: str) -> ServiceConfig:
@@ -126,7 +130,7 @@ class ServiceConfig:
 
         Times and the memory gate's input are left out: a new drain time is no reason to load a model again.
         """
-        aside = ("timings", "fit", "api_key_required", "evidence_dir")
+        aside = ("timings", "fit", "api_key_required", "evidence_dir", "watchdog_required", "watchdog_settings")
         shaping = {key: value for key, value in self.to_mapping().items() if key not in aside}
         text = json.dumps(shaping, sort_keys=True, separators=(",", ":"))
         return f"{self.profile}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -148,7 +152,7 @@ def _value_faults(data: Mapping[str, Any]) -> list[str]:
         ipaddress.ip_address(data["host"])
     except ValueError:
         faults.append(f"host is {data['host']!r}, wanted an IP address such as 127.0.0.1")
-    paths = ("model_dir", "cache_dir", "state_dir", "run_dir", "api_key_file", "evidence_dir")
+    paths = ("model_dir", "cache_dir", "state_dir", "run_dir", "api_key_file", "evidence_dir", "watchdog_settings")
     for key in paths:
         if not data.get(key, "/").startswith("/"):
             faults.append(f"{key} is {data[key]!r}, wanted an absolute path")

@@ -1,6 +1,7 @@
 """What was asked for before: which configurations served, which failed, and which one to go back to.
 
-<state_dir>/generations/<name>.json holds a configuration that served; <state_dir>/generations.json says
+<state_dir>/generations/<name>.json holds a configuration that served, <name>.toml the watchdog's settings that it
+served under; <state_dir>/generations.json says
 {"good": [names, newest first], "failed": {name: {"reason", "at_unix"}}, "attempts": {name: n}}.
 """
 
@@ -12,7 +13,8 @@ from typing import Any
 
 from ..errors import ReapError
 from .config import ServiceConfig
-from .state import read_json, write_json
+from .state import read_json, write_json, write_text
+from .watchdog import kept_settings
 
 KEPT = 5
 # A first load during which the host went down says nothing; a second one does.
@@ -61,12 +63,15 @@ class Generations:
         """The generation is ready and answered: it is current from now on."""
         name = config.generation
         write_json(self._folder / f"{name}.json", config.to_mapping())
+        settings = kept_settings(config)
+        if settings is not None:
+            write_text(self._folder / f"{name}.toml", settings, 0o644)
         record = self._record()
         record["good"] = [name, *(other for other in record["good"] if other != name)][:KEPT]
         record["failed"].pop(name, None)
         record["attempts"].pop(name, None)
         write_json(self._file, record)
-        for file in self._folder.glob("*.json"):
+        for file in [*self._folder.glob("*.json"), *self._folder.glob("*.toml")]:
             if file.stem not in record["good"]:
                 file.unlink()
 
@@ -83,6 +88,13 @@ class Generations:
         failed, attempts = record["failed"].pop(name, None), record["attempts"].pop(name, None)
         if failed or attempts:
             write_json(self._file, record)
+
+    def watchdog_settings(self, name: str) -> str | None:
+        """The watchdog's settings that a generation served under; None where they are not known."""
+        try:
+            return (self._folder / f"{name}.toml").read_text(encoding="utf-8")
+        except OSError:
+            return None
 
     def _record(self) -> dict[str, Any]:
         return {"good": [], "failed": {}, "attempts": {}} | (read_json(self._file) or {})

@@ -13,6 +13,8 @@ from .config import ServiceConfig
 from .docker import Docker
 from .failure import Failure
 
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+
 
 def require_parts(config: ServiceConfig, docker: Docker) -> str | None:
     """Make sure that image, checkpoint and API key are there; returns the key, or nothing where there is none.
@@ -111,6 +113,6 @@ def drop_page_cache() -> None:
     """On a GB10 page cache counts against CUDA's allocations: give it back before the load."""
     os.sync()
     try:
-        Path("/proc/sys/vm/drop_caches").write_text("3\n", encoding="ascii")
+        DROP_CACHES.write_text("3\n", encoding="ascii")
     except OSError as error:
         print(f"reap serve: page cache not dropped: {error.strerror}", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,7 @@ from typing import Any
 from ..errors import ReapError
 from ..memory import start_gate
 from . import cgroups, evidence, shm
+from .aftermath import note_of_return
 from .cleanup import clean_up
 from .config import CONTAINER_NAME, ServiceConfig, Timings
 from .docker import Docker, DockerDown, run_command
@@ -32,7 +34,8 @@ from .host import drop_page_cache, key_mtime_ns, mem_available_kb, port_taken, r
 from .notify import Notifier
 from .probe import Endpoint, parse_metrics
 from .progress import LoadProgress
-from .state import ServiceState, read_json, write_json, write_text
+from .state import ServiceState, write_json, write_text
+from .watchdog import differs, give_back, guards, missing, state_of
 
 STOPPED = 0
 FAILED = 1
@@ -87,6 +90,7 @@ class Supervisor:
         signal.signal(signal.SIGINT, self._on_signal)
         timings = self._wanted.timings
         try:
+            note_of_return(self._run_dir).unlink(missing_ok=True)
             if not self._automatic:
                 self._restarts.clear()
             failures = self._restarts.recent(timings.restart_window_s)
@@ -98,10 +102,15 @@ class Supervisor:
             self._tear_down()
             self._say("stopped")
             self._state.publish(phase="absent", detail="stopped", progress=None)
-            self._restarts.clear()
+            # The count stays: systemd ends a start that takes too long by the same signal and starts again. A start by
+            # a person, a provision or the boot begins a new one.
             return STOPPED
         except Failure as failure:
             return self._fail(failure)
+        except Exception as error:
+            # A full disk, a mistake in this program: it counts like any failure, or systemd would start it for ever.
+            traceback.print_exc()
+            return self._fail(Failure(f"the program failed: {type(error).__name__}: {error}", blames=False))
         finally:
             self._tear_down()
         raise AssertionError("serving ends by an exception")
@@ -133,11 +142,23 @@ class Supervisor:
                 self._tear_down()
                 self._say(f"generation {name} failed: {reason}; going back to {previous.generation}", error=True)
         assert previous is not None
+        self._give_back_the_watchdog(previous)
         try:
             self._serve(previous, {"generation": name, "reason": reason})
         except Failure as failure:
             text = f"generation {name} failed: {reason}; the previous one, {previous.generation}, failed too: {failure}"
             raise Failure(text, permanent=failure.permanent) from failure
+
+    def _give_back_the_watchdog(self, config: ServiceConfig) -> None:
+        """A provision has given the watchdog the floor of the generation that failed: this one may need another."""
+        settings = self._generations.watchdog_settings(config.generation)
+        if settings is None or not differs(config, settings):
+            return
+        try:
+            give_back(config, settings)
+            self._say(f"the watchdog guards by the settings of {config.generation} again")
+        except ReapError as error:
+            self._say(str(error), error=True)
 
     def _serve(self, config: ServiceConfig, replaced: dict[str, str | None] | None) -> None:
         """Load one configuration and serve it; ends by Stopped or Failure only."""
@@ -221,16 +242,24 @@ class Supervisor:
 
     def _pass_gate(self, config: ServiceConfig) -> None:
         """Wait for memory that a killed model still holds, then ask whether the profile fits."""
-        deadline = time.monotonic() + config.timings.memory_wait_s
+        begun = time.monotonic()
         while True:
-            self._watchdog_before = watchdog = read_json(self._run_dir / "watchdog.json") or {}
+            self._watchdog_before = watchdog = state_of(self._run_dir)
             if watchdog.get("latched"):
                 why = (watchdog.get("last_event") or {}).get("reason", "its budget of stops is spent")
                 raise Failure(f"the memory watchdog allows no start: {why}", blames=False, latches=True)
+            unguarded = missing(config)
+            if unguarded:
+                if time.monotonic() - begun >= min(PATIENCE_S, config.timings.memory_wait_s):
+                    raise Failure(unguarded, blames=False)
+                self._wait(f"waiting for the watchdog: {unguarded}")
+                continue
             hold = watchdog.get("hold_until_available_kb")
             available = mem_available_kb()
             refusal, ledger = None, None
-            if hold is not None and available < int(hold):
+            # A watchdog that lives says itself when memory has come back to stay; of one that is gone, only what it
+            # asked for is known.
+            if hold is not None and (guards(watchdog) or available < int(hold)):
                 refusal = f"{available} kB available, the watchdog asks for {hold} kB before the next start"
             elif config.fit is not None:
                 gate = start_gate(config.fit, hold_until_available_kb=hold)
@@ -240,7 +269,7 @@ class Supervisor:
                 refusal, ledger = gate.message, gate.text
             if refusal is None:
                 return
-            if time.monotonic() > deadline:
+            if time.monotonic() - begun > config.timings.memory_wait_s:
                 if ledger:
                     print(ledger, flush=True)
                 raise Failure(f"memory gate: {refusal}")
@@ -550,7 +579,7 @@ class Supervisor:
 
     def _watchdog_did(self, counter: str) -> str | None:
         """The reason of the watchdog's last event, where a counter of its grew since this load began."""
-        watchdog = read_json(self._run_dir / "watchdog.json") or {}
+        watchdog = state_of(self._run_dir)
         if int(watchdog.get(counter) or 0) <= int(self._watchdog_before.get(counter) or 0):
             return None
         event = watchdog.get("last_event") or {}

@@ -2,7 +2,8 @@
 
 First argument, JSON: {"log": [lines], "exit": status after the log, "never_ready": true, "answers": false,
 "stubborn": true (ignores SIGTERM), "busy": true (a request always runs), "wedged": true (and nothing moves),
-"deaf": true (answers one request; then shows no request, moves nothing and never answers)}.
+"prefilling": true (a prompt is read: only the KV cache in use moves), "deaf": true (answers one request;
+then shows no request, moves nothing and never answers)}.
 The rest is the command line of the server; --port and --served-model-name are read from it.
 """
 
@@ -20,6 +21,7 @@ port = int(arguments[arguments.index("--port") + 1])
 model = arguments[arguments.index("--served-model-name") + 1]
 key = os.environ.get("VLLM_API_KEY")
 moved = [0]
+looked = [0]
 asked = [0]
 
 
@@ -27,8 +29,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/metrics":
             moved[0] += 0 if behaviour.get("wedged") or behaviour.get("deaf") or not behaviour.get("busy") else 1
-            busy = 1 if behaviour.get("busy") or behaviour.get("wedged") else 0
+            looked[0] += 1 if behaviour.get("prefilling") else 0
+            busy = 1 if behaviour.keys() & {"busy", "wedged", "prefilling"} else 0
             self.reply(200, f"vllm:num_requests_running{{e=\"0\"}} {busy}.0\n"
+                       f"vllm:kv_cache_usage_perc{{e=\"0\"}} {looked[0] / 1000}\n"
                        f"vllm:generation_tokens_total{{e=\"0\"}} {moved[0]}.0\n")  # fmt: skip
         elif Path(os.environ.get("DOUBLE_GATE", "/opt/reap-gate"), "shut").exists():
             self.reply(503, json.dumps({"requests_inside": 7 if behaviour.get("busy") else 0}))
