@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from testinfra.host import Host
 from sim import engine, hosts, services
 from sim.common import object_name
 from sim.hub.repository import Repositories
+from sim.hub.requestlog import sent_twice
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SCENARIO = REPOSITORY / "molecule" / "model_fetch"
@@ -188,6 +190,32 @@ def test_a_disk_that_fills_up_is_named_and_then_continued(host: Host, small: str
     assert host.file(dest).is_directory
 
 
+def test_a_disk_that_fills_up_while_a_shard_is_written_is_named_and_then_continued(host: Host, small: str) -> None:
+    """Bytes run out in the midst of a write, after the check: somebody else fills the disk."""
+    assert host.run(f"mount -t tmpfs -o size=50m tmpfs {small}").rc == 0
+    dest = f"{small}/{REPO}/{REVISION}"
+    unit = "fetch-full"
+    command = ["/opt/reap/bin/reap", "fetch", f"--repo={REPO}", f"--revision={REVISION}", f"--dest={dest}"]
+    command += ["--downloader=/opt/reap/downloader/bin/python", f"--endpoint={HUB}", "--patience=3"]
+    with faults(total_bytes_per_s=1_000_000):
+        host.check_output(f"systemd-run --quiet --unit={unit} --property=RemainAfterExit=yes {shlex.join(command)}")
+        await_bytes(host, dest, 2_000_000, unit)
+        assert host.run(f"dd if=/dev/zero of={small}/other bs=64k").rc != 0
+        gone = f"until systemctl is-failed --quiet {unit}; do sleep 0.1; done"
+        host.check_output(f"timeout 60 sh -c {shlex.quote(gone)}")
+    said = host.check_output(f"journalctl --no-pager --unit={unit}; systemctl reset-failed {unit}")
+    assert re.search(r"\.partial/\.reap/incoming/\S+: No space left on device; free space there", said), said
+    assert not host.file(dest).exists
+    begun = int(host.check_output(f"du -sb {dest}.partial | cut -f 1"))
+    assert begun >= 2_000_000
+    host.check_output(f"rm {small}/other")
+    done = fetch(host, dest)
+    assert done.rc == 0
+    # What was written before is not fetched again.
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["fetched"] < told["size"] - 1_000_000
+
+
 def test_a_read_only_disk_is_named(host: Host, small: str) -> None:
     assert host.run(f"mount -t tmpfs -o size=50m,ro tmpfs {small}").rc == 0
     done = fetch(host, f"{small}/{REPO}/{REVISION}")
@@ -232,16 +260,17 @@ def test_a_full_verification_mends_one_file_and_what_was_asked_goes_but_never_th
         f"touch -r /root/before {victim}"
     )
     previous, unused = (f"{MODELS}/org/old/{digit * 40}" for digit in "bc")
-    host.check_output(f"mkdir -p {previous} {unused} /etc/reap && touch {previous}/model.bin {unused}/model.bin")
-    state = json.dumps({"fit": {"model_dir": previous}})
-    host.check_output("printf %s > /etc/reap/service.previous.json", state)
+    # As the service keeps it: a configuration that served, and that a rollback goes to.
+    generations = "/var/lib/reap/service/generations"
+    host.check_output(f"mkdir -p {previous} {unused} {generations} && touch {previous}/model.bin {unused}/model.bin")
+    host.check_output(f"printf %s > {generations}/before-0123456789ab.json", json.dumps({"model_dir": previous}))
     rc, out = play("-e", json.dumps({"model_fetch_verify": "full", "model_fetch_prune": ["unused"]}))
     assert rc == 0, out
     assert host.file(victim).sha256sum == record["sha256"]
     told = json.loads(host.check_output("cat /run/reap/jobs/model_fetch/stdout"))
     assert (told["fetched"], len(told["repaired"])) == (record["size"], 1)
     assert [host.file(folder).exists for folder in (DEST, previous, unused)] == [True, True, False]
-    host.check_output("rm /etc/reap/service.previous.json")
+    host.check_output(f"rm {generations}/before-0123456789ab.json")
     rc, out = play()
     assert (rc, "changed=0 " in out) == (0, True), out
 
@@ -303,12 +332,14 @@ def test_twenty_kills_of_the_client_the_hub_and_the_host(host: Host) -> None:
     # A connection to the host takes a moment, in which the download goes on: no two marks close together.
     marks = [int(total * 0.85 * (number + chance.random()) / KILLS) for number in range(KILLS)]
     killed = Counter[str]()
+    times: list[float] = []
     with faults(total_bytes_per_s=5_000_000):
         unit = start()
         for number, mark in enumerate(marks):
             await_bytes(host, dest, mark, unit)
             victim = ("client", "hub", "host")[number % 3]
             killed[victim] += 1
+            times.append(time.time())
             if victim == "hub":
                 docker.docker("kill", hub)
                 docker.docker("start", hub)
@@ -329,12 +360,11 @@ def test_twenty_kills_of_the_client_the_hub_and_the_host(host: Host) -> None:
     }
     assert there == found
     assert found == {n: hashlib.sha256(f.location.read_bytes()).hexdigest() for n, f in wanted.files.items()}
-    twice = 0
-    ends: dict[str, int] = {}
-    for line in map(json.loads, (services.HUB_STATE / "requests.jsonl").read_text().splitlines()):
-        if line["method"] == "GET" and f"/{MANY}/resolve/{revision}/" in line["path"]:
-            twice += max(0, ends.get(line["path"], 0) - line["offset"])
-            ends[line["path"]] = line["offset"] + line["bytes"]
-    print(f"{total} bytes wanted, {twice} sent twice: {twice / KILLS / FILE_BYTES:.2f} files a kill")
-    assert twice <= KILLS * FILE_BYTES
+    log = (services.HUB_STATE / "requests.jsonl").read_text().splitlines()
+    twice = sent_twice(map(json.loads, log), f"/{MANY}/resolve/{revision}/", times)
+    print(
+        f"{total} bytes wanted, {sum(twice)} sent twice: {sum(twice) / KILLS / FILE_BYTES:.2f} files a kill, "
+        f"{max(twice) / FILE_BYTES:.2f} at most"
+    )
+    assert max(twice) <= FILE_BYTES
     host.check_output(f"rm -rf {dest}")

@@ -201,9 +201,11 @@ def test_a_giver_that_loses_its_power_is_replaced_by_another() -> None:
     assert_whole(on(receiver))
     replacement = sources()[receiver]
     assert replacement in others, out
-    assert f"{receiver} " in out
+    # The one that was lost is named, by its address, and no other.
+    told = json.loads(on(receiver).check_output("tail -n 1 /run/reap/jobs/model_fetch/stdout"))
+    assert {PRIVATE[warning.partition(": ")[0]] for warning in told["warnings"]} == {giver}, told["warnings"]
     assert len(requests()) == asked
-    # No private key is on two hosts, and what a key opens is one command, for a day.
+    # No private key is on two hosts, and what a key opens is one command, for a week.
     assert len(set(keys.values())) == len(keys)
     assert len(rights) == 3
     command = r'command="/opt/reap/bin/reap fetch --serve-peer --models /var/lib/reap/models"'
