@@ -190,7 +190,7 @@ def _memory(report: Report) -> str:
                 axes.text(middle, max(values) * 1.1, phase["name"], ha="center", color=MUTED, fontsize=8.5)
         axes.set_xlabel("seconds since the start")
         axes.set_ylabel("GiB")
-        axes.margins(x=0.01)
+        axes.set_xlim(-0.01 * total, 1.01 * max(total, times[-1]))
         figure.legend(loc="outside lower center", ncols=2 if narrow else 3)
 
     where = f"during {memory['min_phase']}" if memory["min_phase"] else "between two tasks"

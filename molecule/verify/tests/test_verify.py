@@ -85,6 +85,13 @@ def test_the_report_keeps_its_schema() -> None:
     jsonschema.Draft202012Validator(schema).validate(newest_report()[1])
 
 
+def test_the_report_names_the_image_that_runs(host: Host) -> None:
+    running = newest_report()[1]["identity"]["running"]
+    assert running["image_id"] == host.check_output("docker container inspect --format '{{.Image}}' reap-model")
+    # This scenario serves the image as it was pulled: no patch set's label is on it.
+    assert running["patch_set"] is None
+
+
 def test_memory_was_sampled_on_the_host() -> None:
     memory = newest_report()[1]["memory"]
     assert memory["samples_taken"] >= 2
@@ -116,6 +123,21 @@ def test_a_longer_prompt_and_the_page_of_all_hosts(host: Host) -> None:
     index = ROOT / "artifacts" / "index.html"
     assert f"all hosts: {index}" in done.stdout
     assert f'href="{HOST}/{path.parent.name}/report.html"' in index.read_text(encoding="utf-8")
+
+
+def test_an_endpoint_that_cannot_be_verified_is_a_failed_run_with_evidence(host: Host) -> None:
+    container = host.check_output("docker container inspect --format '{{.Id}}' reap-model")
+    other = {"verify_profile": "{{ reap_profile_data | combine({'served_model_name': 'Other'}) }}"}
+    done = playbook("playbooks/verify.yml", "-e", json.dumps(other))
+    assert done.returncode != 0
+    line = next(line for line in done.stdout.splitlines() if line.startswith(f"{HOST}  FAILED"))
+    assert "verification could not run: endpoint http://127.0.0.1:8000 serves Needle-Sim, not Other" in line
+    path, report = newest_report()
+    assert report["verdict"] == "could-not-run"
+    assert "could not be verified" in path.with_name("report.html").read_text(encoding="utf-8")
+    assert "could-not-run" in (ROOT / "artifacts" / "index.html").read_text(encoding="utf-8")
+    # This generation passed before: something else is wrong, and nothing gives way.
+    assert host.check_output("docker container inspect --format '{{.Id}}' reap-model") == container
 
 
 def test_a_generation_that_fails_the_verification_gives_way_to_the_one_before(host: Host) -> None:
