@@ -80,7 +80,7 @@ class Service:
 
     def nothing_is_left(self) -> None:
         assert self.run("docker ps -aq") == ""
-        assert self.run("ls /dev/shm | grep psm_", good=(0, 1)) == ""
+        assert self.run("ls /dev/shm | grep -E '^(psm_|sem.mp-|torch_)'", good=(0, 1)) == ""
         assert self.run("pgrep -f '[V]LLM|[v]llm serve'", good=(0, 1)) == ""
 
 

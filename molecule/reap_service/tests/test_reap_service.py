@@ -1,13 +1,16 @@
 """reap.service with the real vLLM on a real systemd host: what it says, and what it survives.
 
-The tests build on one another to load the model as seldom as possible; each begins and ends with a served model.
+The tests build on one another to load the model as seldom as possible, twice after the first time; each begins and ends
+with a served model unless it says so.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from testinfra.host import Host
@@ -17,8 +20,25 @@ from tests.support.service_host import CONFIG, HEADERS, REQUEST, ROOT, URL, Serv
 NAME = "reap-service"
 SCENARIO = "reap_service"
 KEY = "only-of-this-scenario"
+OTHER_KEY = "another-of-this-scenario"
 PROXY = "https://localhost:8443"
 TRUST = "--cacert /etc/reap/proxy/certificate.pem"
+
+# Looks at every command line of the host, as fast as it can, until its input ends; what it looks for is the first line.
+LOOK = """
+import json, os, select, sys
+token = sys.stdin.buffer.readline().strip()
+looks, found = 0, set()
+while not select.select([sys.stdin], [], [], 0.02)[0]:
+    looks += 1
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            command = open("/proc/%s/cmdline" % pid, "rb").read()
+        except OSError:
+            continue
+        if token in command: found.add(command.replace(b"\\0", b" ").decode(errors="replace")[:200])
+print(json.dumps([looks, sorted(found)]))
+"""
 
 
 @pytest.fixture
@@ -54,6 +74,26 @@ def test_the_key_is_asked_for_and_told_nowhere(service: Service, host: Host) -> 
     assert held.split() == ["/etc/reap/api-key"]
     # The proxy has it in hex.
     assert host.file("/etc/reap/proxy/key.conf").mode == 0o600
+
+
+def test_the_unit_is_closed_but_for_what_it_needs(service: Service) -> None:
+    said = service.run("systemd-analyze security reap.service --no-pager")
+    exposure = float(said.rsplit("Overall exposure level for reap.service:", 1)[1].split()[0])
+    # A unit without any of it has 9.6.
+    assert exposure < 5.5, said
+    wanted = {
+        "NoNewPrivileges": "yes", "ProtectSystem": "strict", "ProtectHome": "read-only", "PrivateTmp": "yes",
+        "RestrictSUIDSGID": "yes", "MemoryDenyWriteExecute": "yes", "ProtectKernelModules": "yes", "KillMode": "mixed",
+    }  # fmt: skip
+    assert {name: service.show(name) for name in wanted} == wanted
+    assert "cap_sys_admin" not in service.show("CapabilityBoundingSet")
+
+
+def test_the_watchdog_guards_before_the_model_is_loaded(service: Service) -> None:
+    assert "reap-watchdog.service" in service.show("Wants").split()
+    started = "systemctl show -p ActiveEnterTimestampMonotonic --value reap-watchdog.service"
+    begun = "systemctl show -p ExecMainStartTimestampMonotonic --value reap.service"
+    assert int(service.run(started)) < int(service.run(begun))
 
 
 def test_it_is_bound_to_loopback_alone(service: Service) -> None:
@@ -98,13 +138,6 @@ def test_the_network_reaches_the_proxy_and_nothing_else(service: Service) -> Non
     assert service.run("systemctl is-enabled nginx.service", good=(1,)).strip() == "disabled"
 
 
-def test_a_killed_supervisor_leaves_no_orphan_and_comes_back(service: Service) -> None:
-    before = service.state()
-    service.run(f"kill -9 {before['pid']}")
-    await_true(lambda: not service.run(f"docker ps -aq --no-trunc -f id={before['container_id']}"), "no old container")
-    service.await_serving(not_container=before["container_id"])
-
-
 def test_a_taken_port_leaves_what_serves(service: Service) -> None:
     before = service.state()["container_id"]
     service.run("systemd-run --unit=squatter python3 -m http.server --bind 127.0.0.1 8001")
@@ -116,77 +149,6 @@ def test_a_taken_port_leaves_what_serves(service: Service) -> None:
     assert "nothing was changed: port 8001 on 127.0.0.1 is in use by process" in outcome["error"]
     assert service.state()["container_id"] == before
     assert service.apply()["changed"] is False
-
-
-def test_a_stop_with_a_client_that_never_reads_ends_and_leaves_nothing(service: Service) -> None:
-    """Ends with the service stopped: the next test starts it."""
-    body = long_request(30000)
-    head = "POST /v1/chat/completions HTTP/1.1\\r\\nHost: x\\r\\nContent-Type: application/json\\r\\n"
-    head += f"Content-Length: {len(body)}\\r\\nAuthorization: Bearer "
-    client = f"""
-import pathlib, socket, time
-text = '{head}' + pathlib.Path('/etc/reap/api-key').read_text().strip() + '\\r\\n\\r\\n' + '{body}'
-connection = socket.create_connection(('127.0.0.1', 8000))
-connection.sendall(text.encode())
-time.sleep(600)
-"""
-    service.run(f"cat > /tmp/client.py <<'EOF'\n{client}\nEOF\nsystemd-run --unit=client python3 /tmp/client.py")
-    busy = "curl -s http://127.0.0.1:8000/metrics | grep -E '^vllm:num_requests_(running|waiting).* [1-9]'"
-    await_true(lambda: service.run(busy, good=(0, 1)), "the request")
-    service.run("systemctl stop reap.service")
-    service.run("systemctl stop client", good=(0, 5))
-    assert service.show("Result") == "success"
-    assert service.status()["phase"] == "absent"
-    service.nothing_is_left()
-
-
-def test_a_generation_that_cannot_serve_gives_way_to_the_one_before(service: Service) -> None:
-    good = service.state()["generation"]
-    service.edit("c['entrypoint'] = '/bin/false'")
-    outcome = service.apply(good=(1,))
-    assert outcome["generation"] != good
-    assert "did not serve: the container ended with exit status 1" in outcome["error"]
-    assert f"The previous one, {good}, serves again" in outcome["error"]
-    assert service.state()["generation"] == good
-    assert service.answers()
-    assert "NOT sim-needle-32k-" in service.status()["line"]
-    # Going back makes it official, and loads nothing anew.
-    before = service.state()["container_id"]
-    service.run(f"/opt/reap/bin/reap serve --config {CONFIG} --rollback")
-    assert json.loads(service.run(f"cat {CONFIG}"))["entrypoint"] == "vllm"
-    assert service.state()["container_id"] == before
-    assert service.apply()["changed"] is False
-
-
-def test_failures_in_a_row_end_in_the_latch_with_the_reason(service: Service) -> None:
-    """Ends with the service latched: the next test starts it."""
-    service.run("systemctl stop reap.service; mv /var/lib/reap/service /var/lib/reap/service.aside")
-    service.edit("c['entrypoint'] = '/bin/false'")
-    service.apply(good=(1,))
-    await_true(lambda: service.show("SubState") == "failed", "the latch", service.story)
-    assert service.show("StatusText").startswith("latched after 3 failures, the last: the container ended")
-    assert service.show("ExecMainStatus") == "76"
-    assert "latched after 3 failures" in service.status()["line"]
-    service.nothing_is_left()
-    service.run("rm -r /var/lib/reap/service; mv /var/lib/reap/service.aside /var/lib/reap/service")
-    service.edit("c['entrypoint'] = 'vllm'")
-
-
-def test_a_missing_key_file_is_said_and_not_tried_again(service: Service) -> None:
-    service.run("mv /etc/reap/api-key /root/")
-    service.run("systemctl start reap.service", good=(1,))
-    assert "API key file /etc/reap/api-key is missing and a key is required" in service.show("StatusText")
-    assert service.show("SubState") == "failed"
-    service.run("mv /root/api-key /etc/reap/")
-
-
-def test_it_serves_again_after_a_reboot_in_the_middle_of_a_load(service: Service) -> None:
-    service.run("systemctl start --no-block reap.service")
-    await_true(lambda: service.state()["phase"] == "loading", "a load")
-    subprocess.run([sys.executable, "-m", "sim", "reboot", NAME, "--hard"], cwd=ROOT, check=True, capture_output=True)
-    await_true(lambda: service.run("cat /run/reap/service.json", good=(0, 1)), "the service after the boot")
-    service.await_serving()
-    assert service.show("ActiveState") == "active"
 
 
 def test_a_wider_address_is_refused_and_the_proxy_is_named(service: Service) -> None:
@@ -224,6 +186,108 @@ def test_a_certificate_of_ones_own_is_served_and_plain_text_where_that_is_asked_
     assert service.run(f"{ask} {in_the_clear}/health") == "200"
     assert service.run(f"curl -s -o /dev/null -w '%{{http_code}}' {in_the_clear}/health") == "401"
     assert service.state()["container_id"] == before
+
+
+def test_a_stop_with_a_client_that_never_reads_ends_and_leaves_nothing(service: Service) -> None:
+    """Ends with the service stopped: the next test starts it."""
+    body = long_request(30000)
+    head = "POST /v1/chat/completions HTTP/1.1\\r\\nHost: x\\r\\nContent-Type: application/json\\r\\n"
+    head += f"Content-Length: {len(body)}\\r\\nAuthorization: Bearer "
+    client = f"""
+import pathlib, socket, time
+text = '{head}' + pathlib.Path('/etc/reap/api-key').read_text().strip() + '\\r\\n\\r\\n' + '{body}'
+connection = socket.create_connection(('127.0.0.1', 8000))
+connection.sendall(text.encode())
+time.sleep(600)
+"""
+    service.run(f"cat > /tmp/client.py <<'EOF'\n{client}\nEOF\nsystemd-run --unit=client python3 /tmp/client.py")
+    busy = "curl -s http://127.0.0.1:8000/metrics | grep -E '^vllm:num_requests_(running|waiting).* [1-9]'"
+    await_true(lambda: service.run(busy, good=(0, 1)), "the request")
+    service.run("systemctl stop reap.service")
+    service.run("systemctl stop client", good=(0, 5))
+    assert service.show("Result") == "success"
+    assert service.status()["phase"] == "absent"
+    service.nothing_is_left()
+    # Stopped by hand: a restart of the container engine does not bring it back.
+    service.run("systemctl restart docker.service")
+    assert service.run("systemctl show -p ConditionResult --value reap-return.service").strip() == "no"
+    assert service.show("ActiveState") == "inactive"
+
+
+def test_a_port_that_stays_taken_ends_in_the_latch_with_its_owner(service: Service) -> None:
+    """Ends with the service latched: the next test starts it."""
+    service.run("systemd-run --unit=squatter python3 -m http.server --bind 127.0.0.1 8000")
+    await_true(lambda: service.run("ss -Hltn sport = :8000"), "the squatter")
+    service.run("systemctl start reap.service", good=(1,))
+    await_true(lambda: service.show("SubState") == "failed", "the latch", service.story)
+    service.run("systemctl stop squatter")
+    told = "latched after 3 failures, the last: port 8000 on 127.0.0.1 is in use by process"
+    assert service.show("StatusText").startswith(told)
+    assert service.show("ExecMainStatus") == "76"
+    assert told in service.status()["line"]
+    service.nothing_is_left()
+
+
+def test_a_missing_key_file_is_said_and_not_tried_again(service: Service) -> None:
+    service.run("mv /etc/reap/api-key /root/")
+    service.run("systemctl start reap.service", good=(1,))
+    assert "API key file /etc/reap/api-key is missing and a key is required" in service.show("StatusText")
+    assert service.show("SubState") == "failed"
+    service.run("mv /root/api-key /etc/reap/")
+
+
+def test_a_generation_that_cannot_serve_gives_way_and_no_key_is_told(service: Service, host: Host) -> None:
+    """The role as an operator runs it: a new key, and a setting with which the model cannot start."""
+    good = service.state()["generation"]
+    new = {"reap_service_api_key": OTHER_KEY, "reap_service_entrypoint": "/bin/false"}
+    there = ["ssh", "-F", str(ROOT / ".cache/sim/ssh_config"), NAME, f"sudo python3 -c {shlex.quote(LOOK)}"]
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(new, file)
+        file.flush()
+        watcher = subprocess.Popen(there, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert watcher.stdin is not None
+        watcher.stdin.write(OTHER_KEY + "\n")
+        watcher.stdin.flush()
+        said = playbook(SCENARIO, "molecule/reap_service/converge.yml", "-e", f"@{file.name}", "--diff", "-vvv")
+    looks, found = json.loads(watcher.communicate("\n", timeout=60)[0])
+    assert said.startswith("failed")
+    assert OTHER_KEY not in said
+    assert KEY not in said
+    assert looks > 20
+    assert found == []
+    assert OTHER_KEY not in service.run("journalctl -u reap -b -o cat")
+    assert "did not serve: the container ended with exit status 1" in said
+    assert f"The previous one, {good}, serves again" in said
+    assert service.state()["generation"] == good
+    # With the new key.
+    assert host.file("/etc/reap/api-key").content_string.strip() == OTHER_KEY
+    assert service.answers()
+    assert "NOT sim-needle-32k-" in service.status()["line"]
+
+
+def test_the_playbook_of_a_rollback_makes_that_official_and_loads_nothing(service: Service) -> None:
+    before = service.state()["container_id"]
+    assert playbook(SCENARIO, "playbooks/rollback.yml").startswith("passed")
+    assert json.loads(service.run(f"cat {CONFIG}"))["entrypoint"] == "vllm"
+    assert service.state()["container_id"] == before
+    assert service.apply()["changed"] is False
+
+
+def test_a_killed_main_process_counts_and_a_reboot_in_the_load_after_it_serves_again(service: Service) -> None:
+    before = service.state()
+    # Among the processes of the service it is the one that a person, or the kernel, can meet.
+    service.run(f"kill -9 {before['pid']}")
+    await_true(lambda: not service.run(f"docker ps -aq --no-trunc -f id={before['container_id']}"), "no old container")
+    await_true(lambda: service.state()["phase"] == "loading", "a load", service.story)
+    failures = json.loads(service.run("cat /run/reap/restarts.json"))["failures"]
+    assert [failure["reason"] for failure in failures] == [
+        "the service's main process was ended by signal KILL while serving"
+    ]
+    subprocess.run([sys.executable, "-m", "sim", "reboot", NAME, "--hard"], cwd=ROOT, check=True, capture_output=True)
+    await_true(lambda: service.run("cat /run/reap/service.json", good=(0, 1)), "the service after the boot")
+    service.await_serving()
+    assert service.show("ActiveState") == "active"
+    assert len(service.run("docker ps -aq").split()) == 1
 
 
 def test_a_teardown_leaves_neither_service_nor_proxy(service: Service) -> None:

@@ -26,7 +26,10 @@ class Faulty(Service):
         return str(self.state()["container_id"])
 
     def segments(self) -> set[str]:
-        return set(self.run("ls /dev/shm | grep psm_", good=(0, 1)).split())
+        """What of the model lies in the host's shared memory; a test that compares must have something to compare."""
+        found = set(self.run("ls /dev/shm | grep -E '^(psm_|sem.mp-)'", good=(0, 1)).split())
+        assert {name[:4] for name in found} == {"psm_", "sem."}, found
+        return found
 
     def engines(self) -> set[str]:
         """Processes of any vLLM on this host."""
@@ -110,6 +113,20 @@ def test_a_restart_of_the_engine_lets_requests_end_and_refuses_new_ones(service:
     assert "failed" not in service.run("systemctl show -p Result reap.service")
 
 
+def test_the_engines_stop_and_start_bring_it_back_and_a_persons_stop_does_not(service: Faulty) -> None:
+    before, engines, segments = service.container(), service.engines(), service.segments()
+    service.run("systemctl stop docker.socket docker.service")
+    assert service.show("ActiveState") == "inactive"
+    service.run("systemctl start docker.socket docker.service")
+    service.serves_alone(before, engines, segments)
+    service.run("systemctl stop reap.service; systemctl stop docker.socket docker.service; systemctl start docker")
+    assert service.run("systemctl show -p ConditionResult --value reap-return.service").strip() == "no"
+    assert service.show("ActiveState") == "inactive"
+    service.nothing_is_left()
+    service.run("systemctl start reap.service")
+    assert service.answers()
+
+
 def test_a_wedge_under_load_is_found_in_the_metrics_and_leaves_evidence(service: Faulty) -> None:
     before, engines, segments = service.container(), service.engines(), service.segments()
     service.begin_long_request()
@@ -151,9 +168,16 @@ def test_a_broken_image_gives_way_and_the_gap_is_told(service: Faulty) -> None:
         f" && docker cp /tmp/vllm broken:$(docker run --rm --entrypoint sh {image} -c 'command -v vllm')"
         " && docker commit broken broken:latest && docker rm broken"
     )
+    # As a provision does whose profile needs another floor: the watchdog first, then what it is to guard.
+    settings = service.run(f"cat {SETTINGS}")
+    service.run(f"sed -i 's/^floor_kb = .*/floor_kb = 1100000/' {SETTINGS}; systemctl restart reap-watchdog")
     service.edit("c['image'] = 'broken:latest'")
     outcome = service.apply(good=(1,))
     print(outcome["error"])
+    assert service.run(f"cat {SETTINGS}") == settings
+    assert "the watchdog guards by the settings of" in service.journal()
+    assert service.status()["watchdog"]["running"] is True
+    assert service.status()["watchdog"]["floor_kb"] != 1100000
     assert "did not serve: the container ended with exit status 3" in outcome["error"]
     assert f"The previous one, {good}, serves again" in outcome["error"]
     assert "nothing answered for" in outcome["error"]

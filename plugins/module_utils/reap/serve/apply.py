@@ -88,7 +88,10 @@ def apply(config_path: Path, *, check: bool = False) -> Outcome:
     reasons = _reasons(wanted, unit, state)
     if reasons:
         # A provision is a person's word: what failed or latched before is tried again.
-        Generations(Path(wanted.state_dir)).forgive(wanted.generation)
+        generations = Generations(Path(wanted.state_dir))
+        generations.forgive(wanted.generation)
+        if _other_image(wanted, state):
+            generations.doubt(wanted.generation)
         watchdog = Path(wanted.run_dir) / "watchdog.json"
         # A hold without a latch stays: it waits for memory, which no word of a person brings back.
         if (read_json(watchdog) or {}).get("latched"):
@@ -167,6 +170,8 @@ def _reasons(wanted: ServiceConfig, unit: dict[str, str], state: dict[str, Any])
         reasons.append(f"{state.get('generation')} serves, wanted {wanted.generation}")
     if not _same_key(wanted, state):
         reasons.append("the API key changed")
+    if _other_image(wanted, state):
+        reasons.append(f"image {wanted.image} was made anew")
     fragment = Path(unit["FragmentPath"] or "/nonexistent")
     if fragment.exists() and fragment.stat().st_mtime > float(state.get("started_unix") or 0):
         reasons.append("the unit file changed")
@@ -184,7 +189,18 @@ def _problem(wanted: ServiceConfig, state: dict[str, Any]) -> str | None:
 
 
 def _same(wanted: ServiceConfig, state: dict[str, Any]) -> bool:
-    return state.get("generation") == wanted.generation and _same_key(wanted, state)
+    same = state.get("generation") == wanted.generation and _same_key(wanted, state)
+    return same and not _other_image(wanted, state)
+
+
+def _other_image(wanted: ServiceConfig, state: dict[str, Any]) -> bool:
+    """Whether the image's name means another image than at the start of the same generation."""
+    if state.get("generation") != wanted.generation or not state.get("image_id"):
+        return False
+    try:
+        return bool(Docker().image_id(wanted.image) != state["image_id"])
+    except DockerDown:
+        return False
 
 
 def _same_key(wanted: ServiceConfig, state: dict[str, Any]) -> bool:

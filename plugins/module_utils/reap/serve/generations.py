@@ -75,6 +75,13 @@ class Generations:
             if file.stem not in record["good"]:
                 file.unlink()
 
+    def doubt(self, name: str) -> None:
+        """What a generation is made of was made anew under the same name: it has to prove itself again."""
+        record = self._record()
+        if name in record["good"]:
+            record["good"].remove(name)
+            write_json(self._file, record)
+
     def failed(self, name: str, reason: str) -> None:
         """The generation never served: it is not tried again until :meth:`forgive`."""
         record = self._record()

@@ -53,9 +53,10 @@ class ServiceState:
 
     Keys: phase (loading, serving, stopping, absent), since_unix (s, when the phase began), boot_id, pid (the
     supervisor's), container_name, container_id, container_pid (its init), started_unix (s, the container's start),
-    cgroup {v2: folder or null, v1: {controller: folder}}, generation, profile, served_model_name, image, endpoint,
-    detail (one line), progress {step: weights, graphs or warmup; done; total; unit} or null, replaced {generation,
-    reason} when a newer generation failed, key_mtime_ns (of the API key's file at the start) or null.
+    cgroup {v2: folder or null, v1: {controller: folder}}, generation, profile, served_model_name, image, image_id (what
+    that name meant at the start), endpoint, detail (one line), progress {step: weights, graphs or warmup; done; total;
+    unit} or null, replaced {generation, reason} when a newer generation failed, key_mtime_ns (of the API key's file at
+    the start) or null.
     """
 
     def __init__(self, path: Path, container_name: str) -> None:
@@ -74,6 +75,7 @@ class ServiceState:
             "profile": "",
             "served_model_name": "",
             "image": "",
+            "image_id": None,
             "endpoint": "",
             "detail": "",
             "progress": None,

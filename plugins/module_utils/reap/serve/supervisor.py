@@ -218,7 +218,7 @@ class Supervisor:
         self._await_engine()
         self._remove_leftovers()
         key = require_parts(config, self._docker)
-        self._state.publish(key_mtime_ns=key_mtime_ns(config))
+        self._state.publish(key_mtime_ns=key_mtime_ns(config), image_id=self._docker.image_id(config.image))
         taken = port_taken(config.host, config.port)
         if taken:
             raise Failure(taken, blames=False)
