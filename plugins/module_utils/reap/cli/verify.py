@@ -201,13 +201,12 @@ def run(args: argparse.Namespace) -> int:
         path = keep_report(parent, name, report)
     except (KeyboardInterrupt, CouldNotRun) as stopped:
         line.clear()
-        error = (
-            stopped if isinstance(stopped, CouldNotRun)
-            else CouldNotRun("interrupted: nothing was proved, and nothing is kept")
-        )  # fmt: skip
+        reason = stopped
+        if not isinstance(reason, CouldNotRun):
+            reason = CouldNotRun("interrupted: nothing was proved, and nothing is kept")
         if progress is not None:
-            progress.failed(str(error))
-        raise error from None
+            progress.failed(str(reason))
+        raise reason from None
     line.clear()
     for failure in report["failures"]:
         print(f"FAILED {failure}", file=sys.stderr)
