@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,10 @@ import pytest
 from testinfra.host import Host
 
 REPOSITORY, SCENARIO = Path(__file__).resolve().parents[3], Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "plugins" / "module_utils"))
+
+from reap.images.naming import image_name, patch_set  # noqa: E402
+
 FACTS = json.loads((REPOSITORY / ".cache/sim/facts.json").read_text())["runtime_image"]
 REAP, STATE = "/opt/reap/bin/reap", "/var/lib/reap/images.json"
 PINNED = {
@@ -48,7 +53,14 @@ def tiny(host: Host) -> Any:
     identity = host.check_output("docker inspect --format '{{.Id}}' tiny:one")
     host.check_output("docker save -o /tmp/tiny.tar tiny:one && docker rmi tiny:one")
     yield {"id": identity, "sha256": host.check_output("sha256sum /tmp/tiny.tar").split()[0]}
-    host.run("docker rmi -f $(docker images -q --filter reference=tiny --filter reference=reap-base:000000000000)")
+    # The archive's own name must be gone by itself, wherever the recipe loaded it.
+    host.run(f"docker rmi tiny:one {LOGIN}/tiny:one")
+    host.run("docker rmi reap-base:000000000000")
+    assert tiny_names(host) == ""
+
+
+def tiny_names(host: Host) -> str:
+    return str(host.check_output("docker images --format '{{.Repository}}:{{.Tag}}' --filter reference='*tiny*'"))
 
 
 def test_the_image_is_known_by_its_digest_and_has_a_name_of_its_own(host: Host) -> None:
@@ -115,6 +127,8 @@ def test_a_saved_archive_with_a_pinned_id(host: Host, tiny: dict[str, str]) -> N
     rc, said = ensure(host, id=tiny["id"], **source)
     assert rc == 0, said
     assert (said["base"]["id"], said["base"]["source"]) == (tiny["id"], "archive")
+    assert said["base"]["validated"] is True
+    assert tiny_names(host) == ""
     assert ensure(host, id=tiny["id"], **source)[1]["changed"] is False
 
 
@@ -127,7 +141,8 @@ def test_a_saved_archive_known_by_its_checksum_alone(host: Host, tiny: dict[str,
     }
     rc, said = ensure(host, id="", **source)
     assert rc == 0, said
-    assert said["base"]["matched"] == "archive sha256"
+    assert (said["base"]["matched"], said["base"]["validated"]) == ("archive sha256", False)
+    assert tiny_names(host) == ""
     assert ensure(host, id="", **source)[1]["changed"] is False
 
 
@@ -182,6 +197,19 @@ def test_an_archive_of_another_image_is_unloaded(host: Host, tiny: dict[str, str
     assert rc == 1
     assert "it was unloaded" in said["msg"]
     assert images(host) == before
+
+
+def test_a_pull_that_was_only_begun_says_at_its_end_what_matched(host: Host, tiny: dict[str, str]) -> None:
+    """As playbooks/provision.yml does it, with an image that is not there yet and is not the pinned one."""
+    image = {"repository": "127.0.0.1:9/tiny", "digest": ABSENT, "id": ""}
+    rc, said = play(
+        image,
+        playbook="background.yml",
+        settings={"runtime_image_archive": "/tmp/tiny.tar", "runtime_image_archive_sha256": tiny["sha256"]},
+    )
+    assert rc == 0, said
+    assert f"{host.backend.host.name}: runtime image {tiny['id'][:19]} by archive sha256, from archive" in said
+    assert f"NOT the validated image, but archive sha256:{tiny['sha256']}" in said
 
 
 def test_credentials_stay_nowhere(host: Host) -> None:
@@ -278,11 +306,13 @@ def guarded(host: Host, tiny: dict[str, str]) -> Iterator[dict[str, Any]]:
         host.run(f"docker rmi -f {tiny['id']}")
 
 
-def play(image: dict[str, Any], **environment: str) -> tuple[int, str]:
-    """The scenario's playbook with another image, and what it said."""
-    command = [str(REPOSITORY / ".venv/bin/ansible-playbook"), str(SCENARIO / "converge.yml"), "-vvv"]
+def play(
+    image: dict[str, Any], playbook: str = "converge.yml", settings: dict[str, Any] | None = None, **environment: str
+) -> tuple[int, str]:
+    """A playbook of the scenario with another image, and what it said."""
+    command = [str(REPOSITORY / ".venv/bin/ansible-playbook"), str(SCENARIO / playbook), "-vvv"]
     command += [f"--inventory={REPOSITORY / 'molecule/shared/inventory'}", f"--inventory={SCENARIO / 'inventory'}"]
-    command += ["-e", json.dumps({"reap_runtime_image": {**image, "free_bytes": 1}})]
+    command += ["-e", json.dumps({"reap_runtime_image": {**image, "free_bytes": 1}, **(settings or {})})]
     unwanted = ("ANSIBLE_", "MOLECULE_", "FORCE_COLOR", "PY_COLORS", "REAP_REGISTRY")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(unwanted)}
     kept |= {"ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "LC_ALL": "C.UTF-8", **environment}
@@ -371,6 +401,7 @@ def test_the_cutlass_layer_is_built_on_a_base_that_is_here(host: Host) -> None:
     make = " && ".join(["mkdir /wheels", "cd /wheels", *wheels, index, install])
     pinned = f"{FACTS['reference']}@{FACTS['digest']}"
     source = {"repository": "127.0.0.1:9/nothing", "digest": ABSENT, "id": "", "cutlass_base": "cutlass:base"}
+    source["state"] = "/tmp/cutlass-images.json"
     package = "nvidia-cutlass-dsl[cu13]==4.5.1"
     try:
         send_pip(host, "/tmp/pip")
@@ -397,11 +428,27 @@ def test_the_cutlass_layer_is_built_on_a_base_that_is_here(host: Host) -> None:
         )
         ran = host.check_output(f"docker run --rm --entrypoint python3 {built['Id']} -c {shlex.quote(look)}")
         assert ran == "4.5.1 None"
+        # Patched, the image has the layer's labels too, and must not be taken for the layer.
+        layer = {**PINNED, **source, "cutlass_package": package}
+        wanted = {"identity": "cutlass:base", "router": "torch", "patch_set": patch_set("torch")}
+        wanted["name"] = image_name("cutlass:base", "torch")
+        command = [REAP, "image", "patched", "--base", json.dumps(layer), "--build", json.dumps(wanted)]
+        first, second = (json.loads(host.run(shlex.join(command)).stdout) for _ in range(2))
+        assert (first.get("msg"), first["changed"]) == (None, True)
+        assert second == {**first, "changed": False, "report": None, "pruned": []}
+        labels = json.loads(host.check_output(f"docker inspect {first['id']}"))[0]["Config"]["Labels"]
+        assert labels["io.reap.base"] == f"{package} on cutlass:base"
+        assert (labels["io.reap.base-id"], labels["io.reap.base-validated"]) == (built["Id"], "false")
         again = ensure(host, **source, cutlass_package=package)[1]
         assert (again["changed"], again["base"]["matched"]) == (False, "cutlass layer built here")
+        assert again["base"]["id"] == built["Id"]
         assert host.check_output("docker ps --all --quiet") == ""
+        # What was made goes, and the base that it was made on stays.
+        removed = json.loads(host.check_output(shlex.join([REAP, "image", "remove", "--base", json.dumps(layer)])))
+        assert {first["image"], f"reap-base-cutlass:{base['Id'][7:19]}"} <= set(removed["removed"])
+        assert images(host) == before
     finally:
-        host.run("docker rm -f make-cutlass; docker rmi -f cutlass:base reap-base-cutlass:000000000000")
+        host.run("docker rm -f make-cutlass; docker rmi cutlass:base; rm -f /tmp/cutlass-images.json")
 
 
 # Tidying up
@@ -421,7 +468,7 @@ def test_what_the_recipe_brought_goes_and_what_others_have_stays(host: Host, tin
     try:
         before = images(host)
         assert ensure(host, **own)[0] == 0
-        host.check_output("docker rmi tiny:one && docker create --name uses reap-base:000000000000 none")
+        host.check_output("docker create --name uses reap-base:000000000000 none")
         assert json.loads(host.check_output(remove))["removed"] == []
         host.check_output("docker rm uses")
         assert "reap-base:000000000000" in json.loads(host.check_output(remove))["removed"]

@@ -88,7 +88,9 @@ def derived_bases(host: Host) -> Iterator[Any]:
 
 def test_the_image_says_what_it_is_made_of(host: Host) -> None:
     labels = inspect(host, IMAGE)["Config"]["Labels"]
-    assert labels["io.reap.base"] == FACTS["digest"]
+    assert labels["io.reap.base"] == f"{FACTS['reference']}@{FACTS['digest']}"
+    assert labels["io.reap.base-id"] == inspect(host, labels["io.reap.base"])["Id"]
+    assert (labels["io.reap.base-matched"], labels["io.reap.base-validated"]) == ("repo digest", "true")
     assert labels["io.reap.patch-set"] == patch_set("torch")
     assert labels["io.reap.router"] == "torch"
     assert labels["io.reap.self-test"] == "passed"
@@ -113,6 +115,12 @@ def test_the_report_inside_names_patches_and_self_test(host: Host) -> None:
         "flashinfer-libcudart": "not_needed",
         "vllm-libcudart": "already_fixed",
     }
+    assert (report["base"]["reference"], report["base"]["validated"]) == (
+        f"{FACTS['reference']}@{FACTS['digest']}",
+        True,
+    )
+    assert report["packages"]["vllm"] is not None
+    assert report["packages"]["vllm"] == report["selftest"]["vllm"]
     assert report["selftest"]["ok"]
     assert 144 in report["selftest"]["refused"]
 
@@ -242,18 +250,42 @@ def test_a_router_that_routes_wrongly_never_gets_the_name(host: Host, derived_ba
     check_refused(host, base, build("bad:bent"), "self-test", "weight")
 
 
-def test_a_base_that_changed_under_the_same_tag_is_patched_again(host: Host, derived_bases: Any) -> None:
+def test_a_base_that_changed_under_the_same_tag_is_refused_unless_it_may_change(host: Host, derived_bases: Any) -> None:
     base = derived_bases("moving:tag", "echo one > /one")
     wanted = build("moving:tag", keep=9)
-    first = patched(host, base, wanted)
-    assert first[1]["changed"], first
+    first = patched(host, base, wanted)[1]
+    assert first["changed"], first
     assert patched(host, base, wanted)[1]["changed"] is False
+    was = inspect(host, "moving:tag")["Id"]
     derived_bases("moving:tag", "echo two > /two")
-    second = patched(host, base, wanted)
-    assert second[1]["changed"], second
-    assert second[1]["id"] != first[1]["id"]
-    assert second[1]["base"]["validated"] is False
-    host.run(f"docker rmi -f {wanted['name']} {first[1]['id']}")
+    now = inspect(host, "moving:tag")["Id"]
+    check_refused(host, base, wanted, was, now, "moving:tag", "vllm_patches_base_may_change")
+    assert inspect(host, wanted["name"])["Id"] == first["id"]
+    second = patched(host, base, {**wanted, "base_may_change": True, "keep": 1})[1]
+    assert second["changed"], second
+    assert second["id"] != first["id"]
+    assert second["base"]["validated"] is False
+    labels = inspect(host, wanted["name"])["Config"]["Labels"]
+    assert (labels["io.reap.base"], labels["io.reap.base-id"]) == ("moving:tag", now)
+    assert labels["io.reap.base-validated"] == "false"
+    # Its name went to its successor; it went too.
+    assert first["id"] in second["pruned"]
+    assert host.run(f"docker inspect {first['id']}").rc != 0
+
+
+def test_a_build_that_is_killed_leaves_nothing_for_good(host: Host) -> None:
+    wanted = build(FACTS["digest"], name="reap-runtime:killed")
+    words = shlex.join([REAP, "image", "patched", "--base", json.dumps(BASE), "--build", json.dumps(wanted)])
+    testing = "docker ps --quiet --filter name=reap-image-work-selftest"
+    until = f'until test -n "$({testing})"; do kill -0 $build || exit 7; done'
+    assert host.run(f"{words} & build=$!; {until}; kill -9 $build; wait $build").rc == 137
+    left = "docker images --quiet --no-trunc --filter label=io.reap.candidate"
+    assert host.check_output(left) != ""
+    assert host.run("docker inspect reap-runtime:killed").rc != 0
+    rc, said = patched(host, BASE, wanted)
+    assert rc == 0, said
+    assert host.check_output(left) == ""
+    assert host.check_output("docker ps --all --quiet") == ""
 
 
 def test_old_patched_images_go_and_others_stay(host: Host) -> None:
