@@ -111,8 +111,8 @@ test-releases: $(VENV)/.dev ## Patches against every published vLLM from 0.20.0 
 # --- an emulated Spark ------------------------------------------------------------------------------------------
 
 .PHONY: test-aarch64
-test-aarch64: $(VENV)/.controller ## An emulated aarch64 Spark with 122 GB: memory_fit, site.yml, watchdog; STAGES="identity memory" for some
-	@$(BIN)/python -m tests.aarch64.run $(STAGES)
+test-aarch64: $(VENV)/.controller ## The recipe on emulated aarch64 Sparks with 122 GB: 40 minutes; STAGES="preflight memory", STRATEGY=mitogen
+	@$(BIN)/python -m tests.aarch64.run --strategy $(or $(STRATEGY),linear) $(STAGES)
 
 # --- a CUDA GPU -------------------------------------------------------------------------------------------------
 

@@ -102,7 +102,7 @@ def _start(folder: Path, entry: dict[str, Any], source: Path | None) -> int:
     size = entry["memory_mib"]
     name = entry["name"]
     command = [
-        *("nice", "-n", "5", "qemu-system-aarch64", "-name", f"{name},process={bed.mark(name)}"),
+        *("qemu-system-aarch64", "-name", f"{name},process={bed.mark(name)}"),
         *("-M", "virt,memory-backend=ram0", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "cortex-a76"),
         *("-smp", "2", "-m", f"{size}M", "-nodefaults", "-no-user-config", "-display", "none"),
         *("-object", f"memory-backend-file,id=ram0,size={size}M,mem-path={memory},share={shared}"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -73,33 +75,113 @@ def test_the_folder_in_run_is_made_anew_at_boot(host: Host) -> None:
     assert host.file("/run/reap").is_directory
 
 
-def test_a_host_that_is_no_spark_is_refused_once_and_left_alone(host: Host) -> None:
-    before = host.check_output(
-        "find /etc /opt /var/lib/reap -newermt '-1 day' -type f | sort | xargs -d '\\n' sha256sum"
+def playbook(name: str, *extra: str) -> subprocess.CompletedProcess[str]:
+    """Run one of the repository's playbooks against the scenario's host."""
+    # Molecule's own settings would point Ansible at another inventory and colour what is read here.
+    unwanted = ("MOLECULE_", "ANSIBLE_", "FORCE_COLOR", "PY_COLORS")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(unwanted)}
+    environment |= {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+    inventories = ["-i", str(ROOT / "molecule" / "shared" / "inventory"), "-i", str(SCENARIO / "inventory")]
+    program = str(Path(sys.executable).parent / "ansible-playbook")
+    command = [program, *inventories, name, *extra]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def line(done: subprocess.CompletedProcess[str]) -> str:
+    """What the end of a run says of the host."""
+    return done.stdout[done.stdout.index("HOSTS **") :].splitlines()[1]
+
+
+def files(host: Host) -> str:
+    """The recent files of the host's configuration and programs, with their content."""
+    return str(
+        host.check_output("find /etc /opt /var/lib/reap -newermt '-1 day' -type f | sort | xargs -d '\\n' sha256sum")
     )
-    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+
+
+def test_a_host_that_is_no_spark_is_refused_once_and_left_alone(host: Host) -> None:
+    before = files(host)
     # The production inventory's expectations, on this host.
     spark = {
         "spark_host_expect_architecture": "aarch64",
         "spark_host_expect_products": ["NVIDIA_DGX_Spark", "DGX Spark"],
         "spark_host_expect_gpu": "NVIDIA GB10",
     }
-    settings = [word for key, value in spark.items() for word in ("-e", f'{{"{key}": {value!r}}}'.replace("'", '"'))]
-    inventories = ["-i", str(ROOT / "molecule" / "shared" / "inventory"), "-i", str(SCENARIO / "inventory")]
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / "ansible-playbook"), *inventories, "site.yml", *settings],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = playbook("site.yml", "-e", json.dumps(spark))
     assert done.returncode != 0
     assert "is not the host that the inventory promises; nothing was changed" in done.stdout
     for found in ("architecture is x86_64", "product is", "GPU is none"):
         assert found in done.stdout
     assert "changed=0" in done.stdout
-    after = host.check_output(
-        "find /etc /opt /var/lib/reap -newermt '-1 day' -type f | sort | xargs -d '\\n' sha256sum"
+    assert files(host) == before
+
+
+@pytest.mark.parametrize("name", ["start", "rollback"])
+def test_without_a_service_it_is_said_what_to_run(host: Host, name: str) -> None:
+    assert not host.file("/etc/systemd/system/reap.service").exists
+    done = playbook(f"playbooks/{name}.yml")
+    assert done.returncode != 0
+    assert line(done).startswith("reap-spark-host  FAILED  changed=0 ")
+    assert "nothing is provisioned" in line(done)
+    assert "run: ansible-playbook site.yml -l reap-spark-host" in line(done)
+
+
+def test_a_stop_without_a_service_is_good_and_says_that_there_is_none(host: Host) -> None:
+    assert not host.file("/etc/systemd/system/reap.service").exists
+    done = playbook("playbooks/stop.yml")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert line(done).startswith("reap-spark-host  ok      changed=0 ")
+    assert "nothing is provisioned, so nothing was stopped; run: ansible-playbook site.yml" in line(done)
+
+
+def test_the_status_of_a_host_without_the_program_says_what_to_run(host: Host) -> None:
+    host.check_output("mv /opt/reap/bin/reap /opt/reap/bin/away")
+    try:
+        done = playbook("playbooks/status.yml")
+    finally:
+        host.check_output("mv /opt/reap/bin/away /opt/reap/bin/reap")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "nothing is provisioned" in line(done)
+    assert "run: ansible-playbook site.yml -l reap-spark-host" in line(done)
+
+
+@pytest.fixture
+def gpu(host: Host) -> Iterator[list[str]]:
+    """A double of nvidia-smi, and settings that expect its GPU: the engine must offer a runtime for it."""
+    host.check_output("printf '#!/bin/sh\necho NVIDIA GB10\n' > /usr/local/bin/nvidia-smi")
+    host.check_output("chmod 755 /usr/local/bin/nvidia-smi")
+    yield ["-e", json.dumps({"spark_host_expect_gpu": "NVIDIA GB10"})]
+    host.check_output("rm -f /usr/local/bin/nvidia-smi")
+
+
+@pytest.fixture
+def stopped(host: Host) -> Iterator[Callable[[], str]]:
+    """The engine and its socket are stopped; gives a look at all packages and at how the engine is set up."""
+    host.check_output("systemctl stop docker.socket docker.service")
+    yield lambda: str(
+        host.check_output("dpkg-query --show | sha256sum; cat /etc/docker/daemon.json 2>/dev/null || true")
     )
-    assert after == before
+    host.check_output("systemctl unmask --runtime docker.socket docker.service && systemctl start docker.service")
+
+
+def test_a_stopped_engine_is_started_and_no_package_changes(host: Host, stopped: Callable[[], str]) -> None:
+    before = stopped()
+    done = playbook("playbooks/provision.yml", "--tags", "spark_host")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "changed=1" in line(done), done.stdout[-3000:]
+    assert host.service("docker").is_running
+    assert stopped() == before
+
+
+def test_an_engine_that_cannot_start_is_named_and_neither_replaced_nor_set_anew(
+    host: Host, stopped: Callable[[], str], gpu: list[str]
+) -> None:
+    host.check_output("systemctl mask --runtime docker.socket docker.service")
+    before = stopped()
+    done = playbook("playbooks/provision.yml", "--tags", "spark_host", *gpu)
+    assert done.returncode != 0
+    assert "Docker is installed and does not answer" in line(done), done.stdout[-3000:]
+    assert "masked" in line(done)
+    assert "changed=0 " in line(done)
+    assert "nvidia-ctk" not in done.stdout
+    assert stopped() == before

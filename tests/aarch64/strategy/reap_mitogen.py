@@ -32,7 +32,9 @@ def imported(name: str, path: Path, package: bool) -> set[str]:
             parents = name.split(".")
             base = parents[: len(parents) - node.level + package]
             base += node.module.split(".") if node.module else []
-            names |= {".".join(base)} | {".".join([*base, alias.name]) for alias in node.names}
+            for full in ([*base, alias.name] for alias in node.names):
+                # A package is imported before its parts.
+                names |= {".".join(full[:length]) for length in range(len(PACKAGE.split(".")), len(full) + 1)}
     return names
 
 
