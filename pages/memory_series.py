@@ -12,7 +12,7 @@ from .theme import AMBER, BLUE, INK, MUTED, RED, drawing, page
 KIB_PER_GIB = 1024 * 1024
 # The whole series says whether it was a leak or a collapse; the last seconds say how the kill went.
 _CLOSE_BEFORE_S, _CLOSE_AFTER_S = 2.0, 3.0
-_LINES = {"floor": AMBER, "loading_floor": AMBER, "hard_floor": RED}
+_LINES = {"floor": AMBER, "loading_floor": AMBER, "last_line": AMBER, "hard_floor": RED}
 
 
 def render_series_svg(bundle: dict[str, Any]) -> str:
@@ -31,7 +31,10 @@ def render_series_svg(bundle: dict[str, Any]) -> str:
     at = float(event["monotonic"])
     series = [(float(when) - at, kb / KIB_PER_GIB if kb >= 0 else float("nan")) for when, kb in bundle["series"]]
     phase = "loading_floor" if event["phase"] == "loading" else "floor"
-    lines = [name for name in (phase, "hard_floor") if name in bundle["lines_kb"]]
+    values = bundle["lines_kb"]
+    # A last line at the floor is the same line.
+    between = ["last_line"] if values.get("last_line", 0) < values.get(phase, 0) else []
+    lines = [name for name in (phase, *between, "hard_floor") if name in values]
     close = [point for point in series if -_CLOSE_BEFORE_S <= point[0] <= _CLOSE_AFTER_S]
 
     def draw(figure: Figure, narrow: bool) -> None:
@@ -40,7 +43,7 @@ def render_series_svg(bundle: dict[str, Any]) -> str:
         for part, (points, title) in zip(axes.flat, parts, strict=True):
             part.plot([x for x, _ in points], [y for _, y in points], color=BLUE, linewidth=1.3)
             for name in lines:
-                value = bundle["lines_kb"][name] / KIB_PER_GIB
+                value = values[name] / KIB_PER_GIB
                 part.axhline(value, color=_LINES[name], linewidth=1.1, linestyle="--")
                 part.annotate(
                     name.replace("_", " "), (0.01, value), xycoords=("axes fraction", "data"), fontsize=8, color=MUTED,

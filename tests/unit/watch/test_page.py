@@ -29,6 +29,12 @@ def test_the_picture_shows_series_and_lines_in_the_pages_colours() -> None:
     assert render_series_svg(BUNDLE) == svg
 
 
+def test_the_last_line_is_shown_where_it_is_another_than_the_floor() -> None:
+    assert "last line" in render_series_svg(BUNDLE)
+    lines = {**BUNDLE["lines_kb"], "last_line": BUNDLE["lines_kb"]["floor"]}
+    assert "last line" not in render_series_svg({**BUNDLE, "lines_kb": lines})
+
+
 def test_a_load_shows_the_floor_of_loading() -> None:
     assert "loading floor" in render_series_svg({**BUNDLE, "event": {**BUNDLE["event"], "phase": "loading"}})
 

@@ -418,7 +418,7 @@ def test_the_kernels_lines_about_driver_and_memory_are_found(tmp_path: Path) -> 
     kmsg.write_text(
         "6,1200,9000000,-;usb 1-1: new device\n"
         "4,1201,9000100,-;NVRM: GPU 000f:01:00.0: Out of memory [NV_ERR_NO_MEMORY] (0x51) returned from _memdescAlloc\n"
-        "3,1202,9000200,-;NVRM: nvAssertOkFailedNoLog: Assertion failed: Out of memory [NV_ERR_NO_MEMORY]\n"
+        "3,1202,9000200,-;NVRM: nvCheckOkFailedNoLog: Check failed: NV_ERR_NO_MEMORY (0x51) @ kernel_bus.c:1234\n"
         "6,1203,9000300,-;docker0: port 1 entered blocking state\n"
         "4,1204,9000400,-;vllm: page allocation failure: order:0\n"
     )
