@@ -63,6 +63,11 @@ def preflight(session: Session) -> None:
     length = served.get("max_model_len")
     if isinstance(length, int):
         session.context = length
+    try:
+        status, data = client.get_json("/version")
+        session.vllm_version = str(data["version"]) if status == 200 and isinstance(data, Mapping) else None
+    except (OSError, http.client.HTTPException, KeyError):
+        session.vllm_version = None
     if session.context is not None:
         settings.check_context(session.context, "served context")
     session.has_metrics = read_metrics(client) is not None
@@ -76,11 +81,6 @@ def preflight(session: Session) -> None:
             "The server has no metrics: the prefix cache was not proved cold, and usage was not compared with counters."
         )
     _calibrate(session)
-    try:
-        status, data = client.get_json("/version")
-        session.vllm_version = str(data["version"]) if status == 200 and isinstance(data, Mapping) else None
-    except (OSError, http.client.HTTPException, KeyError):
-        session.vllm_version = None
 
 
 def why_not(session: Session) -> CouldNotRun | None:
