@@ -63,6 +63,10 @@ verify-long: $(VENV)/.controller ## The whole verification of the demo's Spark u
 	$(BIN)/ansible-playbook -i inventories/sim -l spark-sim playbooks/bench.yml -e verify_suite=grid \
 	  -e '{"verify_needle_tokens": 30000, "verify_lengths": [8000, 16000, 30000]}'
 
+.PHONY: bench-rates
+bench-rates: ## The verification's rates against `vllm bench serve` on the demo's Spark: about 2 minutes
+	@$(BIN)/python tests/benchmarks/verify_rates_demo.py
+
 .PHONY: demo-down
 demo-down: ## Remove every container, volume, process and network of the simulated Spark
 	@if [ -e .cache/sim ]; then $(PYTHON) -m sim down --all; fi
