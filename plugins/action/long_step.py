@@ -77,10 +77,11 @@ def describe(progress: dict[str, Any] | None, elapsed_s: float) -> str:
 
 
 class Screen:
-    """One line per host. On a terminal all hosts' lines are redrawn in place, by whichever worker has news.
+    """One line per host and step. On a terminal all lines are redrawn in place, by whichever worker has news.
 
-    The workers of one run share a small file (host -> line, lines drawn) under a lock; every character goes through
-    Ansible's display, which the main process alone writes.
+    The worker that waits for a step of a host shows the other steps that run there too. The workers of one run share a
+    small file (host -> step -> line, lines drawn) under a lock; every character goes through Ansible's display, which
+    the main process alone writes.
     """
 
     def __init__(self, display: Display, host: str, step: str) -> None:
@@ -90,7 +91,7 @@ class Screen:
         wish = os.environ.get("REAP_PROGRESS", "")
         self.form = wish if wish in ("line", "log", "off") else ("line" if _TERMINAL else "log")
         self.every_s = LINE_EVERY_S if self.form == "line" else LOG_EVERY_S
-        self.last = ""
+        self.last: dict[str, str] = {}
 
     @contextlib.contextmanager
     def _board(self) -> Any:
@@ -109,32 +110,45 @@ class Screen:
     def _draw(self, board: dict[str, Any]) -> None:
         width = shutil.get_terminal_size((120, 24)).columns - 1
         back = f"\x1b[{board.get('drawn', 0)}A" if board.get("drawn") else ""
-        rows = [f"\x1b[2K{text[:width]}\n" for _, text in sorted(board["lines"].items())]
+        rows = [
+            f"\x1b[2K{text[:width]}\n"
+            for _, steps in sorted(board["lines"].items())
+            for _, text in sorted(steps.items())
+        ]
         board["drawn"] = len(rows)
         # Clear to the end of the screen: a host that has finished leaves a row fewer.
         self.display.display(f"\r{back}\x1b[J{''.join(rows)}\r", newline=False, screen_only=True)
 
     def show(self, view: dict[str, Any]) -> None:
-        """Show a job's state, unless it is what was shown last."""
-        text = f"[{self.host}] {self.step}: {describe(view.get('progress'), float(view.get('elapsed_s') or 0))}"
+        """Show a job's state and that of the steps beside it, unless it is what was shown last."""
+        views = {str(other.get("step")): other for other in view.get("others") or []} | {self.step: view}
+        lines = {
+            step: f"[{self.host}] {step}: {describe(one.get('progress'), float(one.get('elapsed_s') or 0))}"
+            for step, one in views.items()
+        }
         if path := os.environ.get("REAP_PROGRESS_JSON"):
-            record = {"host": self.host, "step": self.step, "time": time.time(), "progress": view.get("progress")}
+            records = [
+                {"host": self.host, "step": step, "time": time.time(), "progress": one.get("progress")}
+                for step, one in views.items()
+            ]
             with Path(path).open("a", encoding="utf-8") as out:
-                out.write(json.dumps(record) + "\n")
-        if self.form == "off" or text == self.last:
+                out.write("".join(json.dumps(record) + "\n" for record in records))
+        if self.form == "off" or lines == self.last:
             return
-        self.last = text
+        before, self.last = self.last, lines
         if self.form == "log":
-            self.display.display(text)
+            for step, text in sorted(lines.items()):
+                if text != before.get(step):
+                    self.display.display(text)
             return
         with self._board() as board:
-            board["lines"][self.host] = text
+            board["lines"][self.host] = lines
             # Outside this range the last line of another kind is long past, or the clock was set back.
             if not 0 <= time.time() - board.get("settled", 0) < SETTLE_S:
                 self._draw(board)
 
     def close(self) -> None:
-        """Take this host's line away, so that Ansible's own result line stands where it was."""
+        """Take this host's lines away, so that Ansible's own result line stands where it was."""
         if self.form != "line":
             return
         with self._board() as board:
@@ -205,10 +219,15 @@ class ActionModule(ActionBase):
             return view
         attached = view.get("attached", False)
         restarts = 0
+
+        def spent() -> float:
+            # Who only waits did not see the start; the host did.
+            return float(view.get("elapsed_s") or 0) if mode == "wait" else time.monotonic() - began
+
         while True:
             if view.get("running"):
                 screen.show(view)
-                if timeout and time.monotonic() - began > timeout:
+                if timeout and spent() > timeout:
                     view = self._call({**args, "mode": "end"}, job_id=view["job_id"])
                     return {**view, "failed": True, "msg": f"step {args['step']} took longer than {timeout:.0f} s"}
             elif view.get("failed") or view.get("ended") or mode == "wait":
@@ -221,11 +240,11 @@ class ActionModule(ActionBase):
                 continue
             else:
                 return {**view, "failed": True, "msg": f"step {args['step']} was interrupted {restarts + 1} times"}
-            wait = screen.every_s if not timeout else min(screen.every_s, max(0.5, timeout - time.monotonic() + began))
+            wait = screen.every_s if not timeout else min(screen.every_s, max(0.5, timeout - spent()))
             view = self._call({**args, "mode": "wait"}, wait_s=wait, job_id=view.get("job_id") or "any")
 
     def _result(self, view: dict[str, Any], args: dict[str, Any], mode: str) -> dict[str, Any]:
-        for noise in ("signature", "command", "invocation", "ended"):
+        for noise in ("signature", "command", "invocation", "ended", "others"):
             view.pop(noise, None)
         view["rc"] = view.pop("exit_status", None)
         # Without it Ansible takes an exit status of null for a failure.

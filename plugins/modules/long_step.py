@@ -9,8 +9,9 @@ short_description: Run a command of minutes or hours on the host, detached, with
 description:
   - Starts the command in a session of its own, so that a lost connection or an interrupted playbook does not end it.
     A second run with the same command, or with the same O(identity), attaches to the one that runs.
-  - The action plugin of the same name waits for the end and shows the progress file, as a live line for each host on a
-    terminal and as a log line now and then elsewhere. REAP_PROGRESS=line|log|off on the controller forces one form,
+  - The action plugin of the same name waits for the end and shows the progress file, as a live line for each step that
+    runs on a host on a terminal and as a log line now and then elsewhere. A step that was only started is shown beside
+    the one that is waited for. REAP_PROGRESS=line|log|off on the controller forces one form,
     REAP_PROGRESS_JSON=FILE appends every update to FILE as a JSON line.
   - If the host reboots meanwhile the command is started again, so it must be able to resume.
 author: [reap]
@@ -46,7 +47,9 @@ options:
     type: path
     default: /
   timeout:
-    description: Seconds that the whole step may take; 0 is no limit. At the limit the command is ended, the task fails.
+    description:
+      - Seconds that the whole step may take; 0 is no limit. At the limit the command is ended, the task fails.
+      - With O(mode=wait) they count from the start of the command.
     type: int
     default: 0
   rc_ok:
@@ -125,6 +128,10 @@ running:
   description: The command still runs (O(mode=start)).
   returned: always
   type: bool
+others:
+  description: Steps that run on the host beside this one, each with C(step), C(progress) and C(elapsed_s).
+  returned: while the command runs
+  type: list
 elapsed_s:
   description: Seconds since the command started.
   returned: always
@@ -179,7 +186,7 @@ try:
     os.unlink(job["progress_file"])
 except OSError:
     pass
-state = {k: job[k] for k in ("id", "argv", "signature", "boot_id")}
+state = {k: job[k] for k in ("id", "argv", "signature", "boot_id", "progress_file")}
 state["pid"] = os.getpid()
 state["started_unix"] = time.time()
 put("job.json", state)
@@ -305,9 +312,22 @@ class Job:
             "exit_status": end.get("rc") if ended and not running else None,
             "elapsed_s": round(max(0.0, elapsed), 3),
             "progress": _load(self.progress_file),
+            "others": self.others(),
             "stdout": "" if running else _tail(self.folder / "stdout"),
             "stderr": "" if running else _tail(self.folder / "stderr"),
         }
+
+    def others(self) -> list[dict[str, Any]]:
+        """Steps that run on this host beside this one, such as one that was only started: step, progress, elapsed_s."""
+        rows = []
+        for folder in sorted(self.folder.parent.iterdir()) if self.folder.parent.is_dir() else []:
+            if folder == self.folder or not Job(folder, folder).running():
+                continue
+            state = _load(folder / "job.json") or {}
+            elapsed = time.time() - float(state.get("started_unix", time.time()))
+            progress = _load(Path(str(state.get("progress_file", ""))))
+            rows.append({"step": folder.name, "progress": progress, "elapsed_s": round(max(0.0, elapsed), 3)})
+        return rows
 
     def end(self) -> None:
         """End the command's whole session: SIGTERM, 15 seconds, SIGKILL."""

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ with (folder / "starts").open("a") as out: out.write(f"{os.getpid()} {os.environ
 number = 0
 while not (folder / "go").exists():
     number += 1
-    new = folder / "p.new"
+    new = folder / f"p{os.getpid()}.new"
     new.write_text(json.dumps({"step": "t", "state": "running", "done": number * 10**9, "total": 94 * 10**9,
                                "unit": "bytes", "rate": 1.1e8, "eta_s": 540, "detail": "model-7",
                                "source": "hub", "error": None}))
@@ -70,6 +71,11 @@ class Play:
         process = self.start(*more, **changes)
         out, _ = process.communicate(timeout=90)
         return process.returncode, out
+
+    def two_hosts(self) -> dict[str, Any]:
+        """Two hosts that this machine stands for, each with its own folder of jobs."""
+        jobs = str(self.folder / "jobs-{{ inventory_hostname }}")
+        return {"hosts": "one,two,", "step": "demo-{{ inventory_hostname }}", "job_dir": jobs}
 
     def result(self, host: str = "one") -> dict[str, Any]:
         value: dict[str, Any] = json.loads((self.folder / f"result-{host}.json").read_text())
@@ -181,7 +187,7 @@ def test_every_update_is_a_json_line_for_programs(play: Play, monkeypatch: pytes
     file = play.folder / "updates.jsonl"
     monkeypatch.setenv("REAP_PROGRESS_JSON", str(file))
     # The lines for people are another matter.
-    process = play.start(form="off", hosts="one,two,", step="demo-{{ inventory_hostname }}")
+    process = play.start(form="off", **play.two_hosts())
     limit = time.monotonic() + 60
     lines: list[dict[str, Any]] = []
     while {line["host"] for line in lines} != {"one", "two"}:
@@ -238,7 +244,7 @@ def test_start_now_and_wait_later(play: Play) -> None:
 
 
 def test_a_terminal_has_one_line_per_host_drawn_in_place(play: Play) -> None:
-    process = play.start(hosts="one,two,", form="line", step="demo-{{ inventory_hostname }}")
+    process = play.start(form="line", **play.two_hosts())
     play.await_start(2)
     assert process.stdout is not None
     text = ""
@@ -254,3 +260,105 @@ def test_a_terminal_has_one_line_per_host_drawn_in_place(play: Play) -> None:
     assert rows.count("two") >= 1
     # The results stand on lines of their own, whole.
     assert re.search(r"\x1b\[J\S*ok: \[one\]|^ok: \[one\]", text, re.MULTILINE)
+
+
+def screen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str, host: str = "one", step: str = "model") -> Any:
+    """A screen of the plugin, and what it wrote."""
+    from plugins.action import long_step
+
+    monkeypatch.setenv("REAP_PROGRESS", form)
+    monkeypatch.setattr(long_step, "_BOARD", tmp_path / "board")
+    written: list[str] = []
+
+    class Display:
+        def display(self, text: str, **_: object) -> None:
+            written.append(text)
+
+    made = long_step.Screen(Display(), host, step)
+    return made, written
+
+
+def seen(done: int, *others: tuple[str, int]) -> dict[str, Any]:
+    """A view of a step and of those beside it."""
+    rows = [{"step": step, "progress": {"done": count, "unit": "files"}, "elapsed_s": 1.0} for step, count in others]
+    return {"progress": {"done": done, "unit": "files"}, "elapsed_s": 1.0, "others": rows}
+
+
+def test_a_step_that_was_only_started_has_a_row_beside_the_one_that_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    one, written = screen(monkeypatch, tmp_path, "line")
+    one.show(seen(1, ("image_pull", 7)))
+    assert re.findall(r"\x1b\[2K(.*)\n", written[-1]) == ["[one] image_pull: 7 files", "[one] model: 1 files"]
+    # News of the other step alone is news; another host's rows stand below; one that has ended leaves no row.
+    one.show(seen(1, ("image_pull", 8)))
+    assert "[one] image_pull: 8 files" in written[-1]
+    two, by_two = screen(monkeypatch, tmp_path, "line", "two")
+    two.show(seen(3, ("image_pull", 4)))
+    assert by_two[-1].startswith("\r\x1b[2A")
+    assert re.findall(r"\[(\w+)\] (\w+): (\d)", by_two[-1]) == [
+        ("one", "image_pull", "8"), ("one", "model", "1"), ("two", "image_pull", "4"), ("two", "model", "3"),
+    ]  # fmt: skip
+    one.show(seen(2))
+    assert written[-1].startswith("\r\x1b[4A")
+    assert "[one] image_pull" not in written[-1]
+    one.close()
+    assert written[-1] == "\r\x1b[3A\x1b[J"
+    two.close()
+    assert not (tmp_path / "board").exists()
+
+
+def test_a_log_has_a_line_for_each_step_that_has_news(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("REAP_PROGRESS_JSON", str(tmp_path / "updates"))
+    one, written = screen(monkeypatch, tmp_path, "log")
+    one.show(seen(1, ("image_pull", 7)))
+    one.show(seen(1, ("image_pull", 8)))
+    one.show(seen(1, ("image_pull", 8)))
+    assert written == ["[one] image_pull: 7 files", "[one] model: 1 files", "[one] image_pull: 8 files"]
+    updates = [json.loads(line) for line in (tmp_path / "updates").read_text().splitlines()]
+    assert [(one["step"], one["progress"]["done"]) for one in updates[:2]] == [("image_pull", 7), ("model", 1)]
+
+
+def test_both_of_two_steps_are_seen_while_one_is_waited_for(play: Play, tmp_path: Path) -> None:
+    """The real module: what runs on the host beside the step, until it has ended."""
+    other = tmp_path / "other"
+    other.mkdir()
+    beside = Play(other)
+    beside.arguments |= {"step": "beside", "job_dir": str(play.folder / "jobs")}
+    assert beside.run(mode="start")[0] == 0
+    beside.await_start()
+    process = play.start()
+    play.await_start()
+    assert process.stdout is not None
+    lines: list[str] = []
+    limit = time.monotonic() + 60
+    try:
+        while not (any("[one] beside: " in line for line in lines) and any("[one] demo: " in line for line in lines)):
+            assert time.monotonic() < limit, "".join(lines)
+            lines.append(process.stdout.readline())
+    finally:
+        beside.go()
+        play.go()
+    assert process.wait(timeout=60) == 0
+    process.communicate()
+    assert "others" not in play.result()
+
+
+def test_the_seconds_of_a_wait_count_from_the_commands_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from plugins.action.long_step import ActionModule
+
+    shown, _ = screen(monkeypatch, tmp_path, "off")
+    modes: list[str] = []
+
+    def call(args: dict[str, Any], **_: Any) -> dict[str, Any]:
+        modes.append(args["mode"])
+        assert len(modes) < 5, modes
+        return {"running": True, "elapsed_s": 100.0, "job_id": "x"}
+
+    plugin = ActionModule.__new__(ActionModule)
+    plugin._task = SimpleNamespace(check_mode=False)
+    plugin._call = call
+    view = plugin._follow({"step": "image_pull", "mode": "wait", "timeout": 50}, "wait", shown)
+    assert modes == ["wait", "end"]
+    assert view["failed"]
+    assert "took longer than 50 s" in view["msg"]
