@@ -42,9 +42,14 @@ options:
     default: /run/reap
   model_dir:
     description:
-      - The model's folder; the free space of its filesystem is wanted, and whether the model or a part of it is there.
+      - The model's folder; the free space of its filesystem is wanted, and how much of the model is there.
       - A folder that does not exist yet is measured at its nearest parent.
     type: path
+  image:
+    description:
+      - The runtime image, as C(reap image --base) takes it. The free space where the engine keeps its images is wanted,
+        and whether this image is one of them.
+    type: dict
 """
 
 EXAMPLES = r"""
@@ -84,8 +89,9 @@ facts:
     missing_packages: []
     missing_paths: []
     port_taken: false
-    model_begun: false
-    model_free: 1200000000000
+    disks:
+      model: {path: /var/lib/reap/models, device: 66306, free: 1200000000000, present: 0, whole: false}
+      image: {path: /var/lib/docker, device: 66306, free: 1200000000000, present: 0, whole: true}
 """
 
 import json
@@ -97,7 +103,10 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.reap.errors import ReapError
 from ansible.module_utils.reap.identity import parse_meminfo, parse_os_release
+from ansible.module_utils.reap.images import base as bases
+from ansible.module_utils.reap.images.engine import Engine
 from ansible.module_utils.reap.serve.state import alive, read_json
 
 # 127.0.0.1, the same inside IPv6, and ::1, as /proc/net shows them on a little-endian machine.
@@ -195,13 +204,38 @@ def missing_packages(names: list[str]) -> list[str]:
     return [name for name in names if name not in installed]
 
 
-def free_bytes(path: str) -> int:
-    """Bytes an unprivileged writer may still use on the filesystem of the path or of its nearest existing parent."""
+def disk(path: str, present: int, whole: bool) -> dict[str, Any]:
+    """Filesystem of the path or of its nearest existing parent: its number, and bytes that a writer may still use."""
     place = Path(path)
     while not place.exists():
         place = place.parent
     numbers = os.statvfs(place)
-    return numbers.f_bavail * numbers.f_frsize
+    return {
+        "path": path,
+        "device": place.stat().st_dev,
+        "free": numbers.f_bavail * numbers.f_frsize,
+        "present": present,
+        "whole": whole,
+    }
+
+
+def model_disk(folder: str) -> dict[str, Any]:
+    """Where the model goes, and how many bytes of it are there; what exactly is missing the download knows."""
+    part = Path(f"{folder}.partial")
+    present = sum(file.stat().st_size for file in part.rglob("*") if file.is_file()) if part.is_dir() else 0
+    return disk(folder, present, Path(folder).is_dir())
+
+
+def image_disk(image: dict[str, Any]) -> dict[str, Any]:
+    """Where the engine keeps its images; a host whose engine does not answer has none yet."""
+    root, there = "/var/lib/docker", False
+    try:
+        engine = Engine()
+        root = str(engine.call("GET", "/info").get("DockerRootDir") or root)
+        there = bases.locate(engine, bases.Spec.of(image)) is not None
+    except ReapError:
+        pass
+    return disk(root, 0, there)
 
 
 def port_taken(port: int, run_dir: str) -> bool:
@@ -231,13 +265,19 @@ def main() -> None:
             "port": {"type": "int"},
             "run_dir": {"type": "path", "default": "/run/reap"},
             "model_dir": {"type": "path"},
+            "image": {"type": "dict"},
         },
         supports_check_mode=True,
     )
     memory = parse_meminfo(read_text("/proc/meminfo"))
     release = parse_os_release(read_text("/etc/os-release"))
     names, gpu_error = gpu_names()
-    port, model = module.params["port"], module.params["model_dir"]
+    port, model, image = (module.params[name] for name in ("port", "model_dir", "image"))
+    disks = {}
+    if model:
+        disks["model"] = model_disk(model)
+    if image:
+        disks["image"] = image_disk(image)
     facts = {
         "architecture": platform.machine(),
         "product": read_text("/sys/class/dmi/id/product_name"),
@@ -258,8 +298,7 @@ def main() -> None:
         "missing_packages": missing_packages(module.params["packages"]),
         "missing_paths": [path for path in module.params["paths"] if not Path(path).is_dir()],
         "port_taken": port_taken(port, module.params["run_dir"]) if port else False,
-        "model_begun": any(Path(path).exists() for path in (model, f"{model}.partial")) if model else False,
-        "model_free": free_bytes(model) if model else None,
+        "disks": disks,
     }
     module.exit_json(changed=False, facts=facts)
 

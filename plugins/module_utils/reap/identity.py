@@ -45,10 +45,10 @@ def host_problems(facts: Mapping[str, Any], expect: Mapping[str, Any]) -> list[s
 
     Args:
         facts: as module spark_facts returns them. Used here: architecture, product, dgx_name, gpu_names,
-            mem_total_kb, os_id, os_version, root, init, port_taken, model_begun, model_free.
+            mem_total_kb, os_id, os_version, root, init, port_taken, disks.
         expect: architecture (str), products (list of str: DMI product or DGX name, any one of them), gpu (str),
-            mem_total_min_kb and mem_total_max_kb (int, kB), os (list of "id version"), port (int), model_bytes (int,
-            bytes that the model takes on the disk).
+            mem_total_min_kb and mem_total_max_kb (int, kB), os (list of "id version"), port (int), and what
+            disk_problems reads.
 
     Returns:
         Sentences that say what was found, what was wanted and what to do.
@@ -87,16 +87,50 @@ def host_problems(facts: Mapping[str, Any], expect: Mapping[str, Any]) -> list[s
             f"port {expect.get('port')} is in use by something else than reap.service: stop that, or choose another "
             "reap_port"
         )
-    wanted, free = int(expect.get("model_bytes") or 0), facts.get("model_free")
-    if free is not None and free < wanted and not facts.get("model_begun"):
-        problems.append(
-            f"{free / 1e9:.1f} GB are free where the model goes, wanted {wanted / 1e9:.1f} GB: free space, or set "
-            "reap_models_dir to another disk"
-        )
+    problems += disk_problems(facts.get("disks") or {}, expect)
     if facts.get("init") != "systemd":
         problems.append(f"process 1 is {facts.get('init')}, wanted systemd: the service and the watchdog are its units")
     if not facts.get("root"):
         problems.append(
             "the tasks do not run as root: give the login user sudo, and add -K if sudo asks for a password"
         )
+    return problems
+
+
+def disk_problems(disks: Mapping[str, Mapping[str, Any]], expect: Mapping[str, Any]) -> list[str]:
+    """One sentence per filesystem that has no room for what is still to be downloaded to it.
+
+    The two downloads run side by side, so where they share a filesystem each could find room for itself alone and both
+    would end on a full disk.
+
+    Args:
+        disks: `model` and `image`: path, device (number of the filesystem), free and present (bytes; of a part too),
+            whole (nothing is missing).
+        expect: model_bytes and image_bytes (int, what each takes on the disk), reserve_bytes (int, stays free where the
+            model goes).
+    """
+    needs: dict[Any, list[tuple[str, int, str]]] = {}
+    for name, what, remedy in (
+        ("model", "the model", "reap_models_dir"),
+        ("image", "the runtime image, packed and unpacked,", "the engine's data-root"),
+    ):
+        disk = disks.get(name)
+        missing = int(expect.get(f"{name}_bytes") or 0) - int(disk.get("present") or 0) if disk else 0
+        if not disk or disk["whole"] or missing <= 0:
+            continue
+        parts = needs.setdefault(disk["device"], [])
+        parts.append((f"{missing / 1e9:.1f} GB for {what} in {disk['path']}", missing, remedy))
+        if name == "model" and (reserve := int(expect.get("reserve_bytes") or 0)):
+            parts.append((f"{reserve / 1e9:.1f} GB that stay free", reserve, ""))
+    problems = []
+    for device, parts in needs.items():
+        free = next(int(disk["free"]) for disk in disks.values() if disk and disk["device"] == device)
+        wanted = sum(count for _, count, _ in parts)
+        if free < wanted:
+            others = " or ".join(remedy for _, _, remedy in parts if remedy)
+            texts = " and ".join(text for text, _, _ in parts)
+            problems.append(
+                f"{free / 1e9:.1f} GB are free; wanted {wanted / 1e9:.1f} GB: {texts}: free space, or set {others} to "
+                "another disk"
+            )
     return problems

@@ -8,6 +8,7 @@ import pytest
 
 from reap.identity import host_problems, parse_meminfo, parse_os_release
 
+GB = 10**9
 SPARK = {
     "architecture": "aarch64",
     "product": "NVIDIA_DGX_Spark",
@@ -20,8 +21,10 @@ SPARK = {
     "init": "systemd",
     "root": True,
     "port_taken": False,
-    "model_begun": False,
-    "model_free": 100_000_000_000,
+    "disks": {
+        "model": {"path": "/var/lib/reap/models/x", "device": 1, "free": 170 * GB, "present": 0, "whole": False},
+        "image": {"path": "/var/lib/docker", "device": 1, "free": 170 * GB, "present": 0, "whole": False},
+    },
 }
 EXPECT = {
     "architecture": "aarch64",
@@ -32,6 +35,8 @@ EXPECT = {
     "os": ["ubuntu 24.04"],
     "port": 8000,
     "model_bytes": 94_000_000_000,
+    "image_bytes": 60_000_000_000,
+    "reserve_bytes": 10_000_000_000,
 }
 
 
@@ -60,7 +65,6 @@ def test_every_known_memory_size_is_accepted(gib: float) -> None:
         ({"init": "sh"}, "sh", "systemd"),
         ({"root": False}, "root", "sudo"),
         ({"port_taken": True}, "port 8000 is in use", "reap_port"),
-        ({"model_free": 93_900_000_000}, "93.9 GB are free", "free space"),
     ],
 )
 def test_each_difference_is_one_sentence_with_what_was_found_and_a_remedy(
@@ -72,8 +76,62 @@ def test_each_difference_is_one_sentence_with_what_was_found_and_a_remedy(
     assert remedy in problems[0]
 
 
-def test_a_model_that_is_there_in_part_is_left_to_the_fetch_which_knows_what_is_missing() -> None:
-    assert host_problems({**SPARK, "model_begun": True, "model_free": 1}, EXPECT) == []
+def disks(model: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]:
+    """The host with other disks; 170 GB free, nothing there and one filesystem unless said otherwise."""
+    found = SPARK["disks"]
+    return {**SPARK, "disks": {"model": {**found["model"], **model}, "image": {**found["image"], **image}}}
+
+
+FREE = 163_900_000_000
+# What is still to be downloaded: 94 GB of model, 60 GB of image; 10 GB stay free. And what the one sentence must name.
+ROOM: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "both, on one disk": (
+        {"free": FREE},
+        {"free": FREE},
+        [
+            "163.9 GB are free; wanted 164.0 GB",
+            "94.0 GB for the model in /var/lib/reap/models/x",
+            "10.0 GB that stay free",
+            "60.0 GB for the runtime image, packed and unpacked, in /var/lib/docker",
+            "set reap_models_dir or the engine's data-root to another disk",
+        ],
+    ),
+    "the model alone": ({"free": FREE - 60 * GB}, {"whole": True}, ["103.9 GB are free; wanted 104.0 GB"]),
+    "the image alone": ({"whole": True, "free": FREE - 104 * GB}, {}, ["59.9 GB are free; wanted 60.0 GB"]),
+    "the rest of a model, and the image": (
+        {"present": 90 * GB, "free": FREE - 90 * GB},
+        {},
+        ["73.9 GB are free; wanted 74.0 GB", "4.0 GB for the model"],
+    ),
+    "another disk for the model": ({"device": 2, "free": FREE - 60 * GB}, {}, ["103.9 GB are free; wanted 104.0 GB"]),
+    "another disk for the image": ({}, {"device": 2, "free": FREE - 104 * GB}, ["59.9 GB are free; wanted 60.0 GB"]),
+}
+
+
+@pytest.mark.parametrize("what", ROOM)
+def test_what_is_still_missing_on_a_disk_is_added_up(what: str) -> None:
+    model, image, words = ROOM[what]
+    problems = host_problems(disks(model, image), EXPECT)
+    assert len(problems) == 1
+    for word in words:
+        assert word in problems[0]
+    # A hundred million bytes more and there is room.
+    free = 100_000_000
+    enough = [{**one, "free": one["free"] + free} if "free" in one else one for one in (model, image)]
+    assert host_problems(disks(*enough), EXPECT) == []
+
+
+def test_two_disks_are_judged_each_by_itself() -> None:
+    assert host_problems(disks({"free": 104_000_000_000}, {"device": 2, "free": 60_000_000_000}), EXPECT) == []
+    assert len(host_problems(disks({"free": 1}, {"device": 2, "free": 1}), EXPECT)) == 2
+
+
+def test_what_is_there_needs_no_room() -> None:
+    there = {"free": 0, "whole": True}
+    assert host_problems(disks(there, there), EXPECT) == []
+    # The profile's figure may be larger than the files are.
+    part = {"free": 0, "present": 94 * GB}
+    assert host_problems(disks(part, there), EXPECT) == []
 
 
 def test_an_empty_expectation_is_not_checked() -> None:
