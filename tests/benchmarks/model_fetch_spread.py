@@ -46,18 +46,18 @@ class Lan(peers.Peers):
     hosts: ClassVar[dict[str, Path]] = {}
     limits: ClassVar[dict[str, RateLimit]] = {}
 
-    def _ask(self, address: str) -> dict[str, object]:
-        return peers._have(self.hosts[address], self.repo, self.revision)
+    def _ask(self, peer: peers.Peer) -> dict[str, object]:
+        return peers._have(self.hosts[peer.address], self.repo, self.revision)
 
     def _copy(
         self,
-        address: str,
+        peer: peers.Peer,
         partial: store.Partial,
         missing: Mapping[str, Want],
         have: Callable[[manifest.Entry], None],
         moved: Callable[[Mapping[str, int]], None],
     ) -> str | None:
-        giver = self.hosts[address] / self.repo / self.revision
+        giver = self.hosts[peer.address] / self.repo / self.revision
         slot = os.open(giver / "reap-manifest.json", os.O_RDONLY)
         try:
             fcntl.flock(slot, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,7 +66,7 @@ class Lan(peers.Peers):
                 with (giver / want.name).open("rb") as data, part.open("wb") as out:
                     while chunk := data.read(CHUNK):
                         out.write(chunk)
-                        time.sleep(max(0.0, self.limits[address].reserve(len(chunk))))
+                        time.sleep(max(0.0, self.limits[peer.address].reserve(len(chunk))))
                 entry, problem = manifest.verify(part, want)
                 if entry is None:
                     return problem
@@ -86,13 +86,13 @@ def spread(folder: Path, server: Hub, commit: str, python: str, count: int, rate
     settings = hub.Settings(python=python, endpoint=server.url)
 
     def fetch(number: int) -> str:
-        others = tuple(address for address in Lan.hosts if address != f"spark@host-{number}")
+        others = tuple(peers.Peer(address) for address in Lan.hosts if address != f"spark@host-{number}")
         request = engine.Request(
             repo=REPO,
             revision=commit,
             dest=folder / str(number) / REPO / commit,
             settings=settings,
-            peers=peers.Access(others, wait_s=0 if number == 0 else 120),
+            peers=peers.Access(fixed=others, wait_s=120 * number),
         )
         return engine.fetch(request, progress.Progress(None, "model_fetch")).source
 
