@@ -125,8 +125,10 @@ class Carried:
 
 # Time over which the fall is measured. Two spans one after the other, each a pace long, have to agree on a fall that
 # goes on now: one large allocation is in one of them only. URGENT: a fall has to have lasted before it is a reason to
-# kill above the last line, so the dip of a prefill is none. STEADY is what is told, and what sets the pace.
+# kill above the last line, so the dip of a prefill is none; RECENT: and to go on, at half its speed at least, because
+# memory is taken in pieces. STEADY is what is told, and what sets the pace.
 SHORTEST_SPAN_S = 0.004
+RECENT_WINDOW_S = 0.1
 URGENT_WINDOW_S = 0.5
 STEADY_WINDOW_S = 1.0
 # A hole in the readings longer than this says nothing about the fall during it (a paused machine, a stopped process).
@@ -177,6 +179,7 @@ class Policy:
         "_look_ahead_s",
         "_phase",
         "_pressure_until",
+        "_recent_tail",
         "_shed_target",
         "_steady_tail",
         "_t",
@@ -194,6 +197,7 @@ class Policy:
         "limits",
         "near",
         "reason",
+        "recent_fall_kb_s",
         "urgent_fall_kb_s",
     )
 
@@ -205,7 +209,7 @@ class Policy:
         self.near = False
         self.fall_kb_s = 0
         self.fast_fall_kb_s = 0
-        self.urgent_fall_kb_s = 0
+        self.urgent_fall_kb_s = self.recent_fall_kb_s = 0
         self._kill_line_kb = limits.kill_line_kb
         self._look_ahead_s = limits.look_ahead_s
         self.blind_s = 0.0
@@ -217,8 +221,7 @@ class Policy:
         self._last_trend = float("-inf")
         self._head = -1
         self._count = 0
-        self._urgent_tail = 0
-        self._steady_tail = 0
+        self._recent_tail = self._urgent_tail = self._steady_tail = 0
         self._last: float | None = None
         self._below = 0
         self._below_since: float | None = None
@@ -328,16 +331,17 @@ class Policy:
         self._phase, self._target = phase, target
 
     def _restart_fall(self) -> None:
-        self._head, self._count, self._urgent_tail, self._steady_tail = -1, 0, 0, 0
+        self._head, self._count = -1, 0
+        self._recent_tail = self._urgent_tail = self._steady_tail = 0
         self._below = 0
         self._below_since = None
-        self.fall_kb_s = self.fast_fall_kb_s = self.urgent_fall_kb_s = 0
+        self.fall_kb_s = self.fast_fall_kb_s = self.urgent_fall_kb_s = self.recent_fall_kb_s = 0
 
     def _measure(self, now: float, available_kb: int) -> None:
         head = (self._head + 1) % _RING
         self._t[head], self._kb[head], self._head = now, available_kb, head
         if self._count == 0:
-            self._urgent_tail = self._steady_tail = head
+            self._recent_tail = self._urgent_tail = self._steady_tail = head
         self._count += 1
         if self._count > 1:
             # A full ring overwrites its oldest reading: a tail that stood there moves on.
@@ -345,9 +349,14 @@ class Policy:
                 self._steady_tail = (head + 1) % _RING
             if head == self._urgent_tail:
                 self._urgent_tail = (head + 1) % _RING
+            if head == self._recent_tail:
+                self._recent_tail = (head + 1) % _RING
+        self._recent_tail = self._advance(self._recent_tail, now - RECENT_WINDOW_S)
         self._urgent_tail = self._advance(self._urgent_tail, now - URGENT_WINDOW_S)
         self._steady_tail = self._advance(self._steady_tail, now - STEADY_WINDOW_S)
-        self.urgent_fall_kb_s = self._fall_between(self._urgent_tail, head)
+        self.recent_fall_kb_s = self._fall_between(self._recent_tail, head)
+        # Readings far apart: what was lost since the one before the window may all have been lost within it.
+        self.urgent_fall_kb_s = self._fall_between(self._urgent_tail, head, URGENT_WINDOW_S)
         self.fall_kb_s = self._fall_between(self._steady_tail, head)
         middle = self._before(head)
         first = self._before(middle)
@@ -367,11 +376,11 @@ class Policy:
             index = (index - 1) % _RING
         return index
 
-    def _fall_between(self, first: int, last: int) -> int:
+    def _fall_between(self, first: int, last: int, most_s: float = STEADY_WINDOW_S) -> int:
         span = self._t[last] - self._t[first]
         if span < SHORTEST_SPAN_S:
             return 0
-        fall = (self._kb[first] - self._kb[last]) / span
+        fall = (self._kb[first] - self._kb[last]) / min(span, most_s)
         return max(0, min(int(fall), self.limits.worst_fall_kb_s))
 
     # -- decisions -----------------------------------------------------------------------------------------------
@@ -440,16 +449,19 @@ class Policy:
         if shed_runs and self._deadline is not None and now >= self._deadline:
             why = f"{below}: the graceful stop asked for {limits.shed_grace_s:.0f} s ago did not bring memory back"
             return self._kill(now, available_kb, target, why)
+        if self._below_since is None or now <= self._below_since:
+            return Action.NONE
         # It has lasted, and it goes on now.
-        fall = min(self.urgent_fall_kb_s, self.fast_fall_kb_s)
-        if (available_kb - limits.hard_floor_kb) <= fall * limits.urgent_s:
+        fall = self.urgent_fall_kb_s
+        goes_on = 2 * self.recent_fall_kb_s >= fall
+        if goes_on and (available_kb - limits.hard_floor_kb) <= fall * limits.urgent_s:
             left_s = (available_kb - limits.hard_floor_kb) / fall
             why = (
                 f"{below}, falls {_size(fall)}/s: {left_s:.1f} s to the hard floor of {_size(limits.hard_floor_kb)},"
                 f" too short for a graceful stop"
             )
             return self._kill(now, available_kb, target, why)
-        if shed_runs or self._below_since is None or now - self._below_since < limits.shed_after_s:
+        if shed_runs or now - self._below_since < limits.shed_after_s:
             return Action.NONE
         self._deadline, self._shed_target = now + limits.shed_grace_s, target
         carried.sheds += 1
