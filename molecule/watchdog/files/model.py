@@ -49,4 +49,5 @@ class Handler(BaseHTTPRequestHandler):
 
 
 time.sleep(LOAD_S)
+print("model double: listening", flush=True)
 ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()

@@ -83,6 +83,20 @@ class Spark:
         self.run(f"cat > /run/reap/.new <<'EOF'\n{json.dumps(state)}\nEOF\nmv /run/reap/.new /run/reap/service.json")
         await_true(lambda: self.state().get("phase") == phase, f"the phase {phase}")
 
+    def serve_group(self, folder: str, pid: int) -> None:
+        """The same for a control group that no engine made, so that it outlives one."""
+        state = {"phase": "serving", "container_name": "stand-in", "container_pid": pid}
+        state |= {"cgroup": {"v2": None, "v1": {"pids": folder}}, "profile": "stand-in"}
+        self.run(f"cat > /run/reap/.new <<'EOF'\n{json.dumps(state)}\nEOF\nmv /run/reap/.new /run/reap/service.json")
+        await_true(lambda: self.state().get("guarding") is True, "a guarded group")
+
+    def writer(self) -> int:
+        """The process that writes: child of the keeper, which is the only child of the one that guards."""
+        pid = self.main_pid()
+        for _ in range(2):
+            pid = int(self.run(f"cat /proc/{pid}/task/{pid}/children"))
+        return pid
+
     def state(self) -> dict[str, Any]:
         loaded: dict[str, Any] = json.loads(self.run("cat /run/reap/watchdog.json"))
         return loaded
@@ -195,12 +209,13 @@ def test_killed_or_hanging_it_comes_back_guarding_and_waits_for_no_writer(spark:
     spark.container()
     spark.serve("serving")
     before = spark.main_pid()
-    writer = int(spark.run(f"cat /proc/{before}/task/{before}/children"))
+    writer = spark.writer()
     spark.run(f"kill -STOP {writer}; kill -{how} {before}")
     await_true(lambda: spark.main_pid() not in (0, before), "a new main process")
     await_true(lambda: spark.run("systemctl is-active reap-watchdog", good=(0, 3)).strip() == "active", "its unit")
     assert spark.run(f"ps -o stat= -p {writer}").startswith("T")
     spark.run(f"kill -9 {writer}")
+    await_true(lambda: spark.state().get("guarding") is True, "a guarded container")
     spark.lines(-4096)
     await_true(lambda: not spark.pids_left(), "the end of the container")
 
@@ -208,14 +223,26 @@ def test_killed_or_hanging_it_comes_back_guarding_and_waits_for_no_writer(spark:
 def test_a_stopped_engine_stops_neither_the_watchdog_nor_its_kill(spark: Spark) -> None:
     spark.container()
     spark.serve("serving")
-    pid = spark.main_pid()
     with stopped_process(spark, "docker"):
         spark.lines(-4096)
         await_true(lambda: not spark.pids_left(), "the end of the container while the engine does not answer")
+
+
+def test_without_an_engine_it_guards_and_kills(spark: Spark) -> None:
+    """`systemctl stop docker` takes its containers along, so what is guarded here is a control group made by hand."""
+    group = "/sys/fs/cgroup/pids/stand-in"
     pid = spark.main_pid()
     spark.run("systemctl stop docker.socket docker.service")
-    assert spark.main_pid() == pid
-    spark.run("systemctl start docker")
+    try:
+        assert spark.run("systemctl is-active docker", good=(3,)).strip() == "inactive"
+        assert spark.main_pid() == pid
+        start = f"mkdir -p {group}; setsid sleep 3600 >/dev/null 2>&1 & echo $! | tee {group}/cgroup.procs"
+        spark.serve_group("/stand-in", int(spark.run(start)))
+        spark.lines(-4096)
+        await_true(lambda: not spark.pids_left(), "the end of the group's process with no engine there")
+        await_true(lambda: spark.events("killed"), "the word that it is gone")
+    finally:
+        spark.run(f"rmdir {group}; systemctl start docker", good=(0, 1))
 
 
 def test_a_full_disk_does_not_stop_the_kill_and_its_evidence_is_kept_in_memory(spark: Spark) -> None:
@@ -233,6 +260,36 @@ def test_a_full_disk_does_not_stop_the_kill_and_its_evidence_is_kept_in_memory(s
         for folder in folders:
             spark.run(f"umount {folder}")
         spark.run("systemctl start reap-watchdog")
+
+
+def test_a_writer_that_is_killed_is_replaced(spark: Spark) -> None:
+    spark.container()
+    before, guard = spark.writer(), spark.main_pid()
+    spark.run(f"kill -9 {before}")
+    spark.serve("serving")
+    await_true(lambda: spark.events("phase"), "the phase, told by the next writer")
+    assert spark.writer() != before
+    assert spark.main_pid() == guard
+
+
+def test_a_full_journal_does_not_stop_the_kill(spark: Spark) -> None:
+    """A journal of which not a page is left: what it is told may be lost, the kill and its evidence are not."""
+    journal = f"/run/log/journal/{spark.run('cat /etc/machine-id').strip()}"
+    settings = "/run/systemd/journald.conf.d/full.conf"
+    spark.container()
+    spark.run(f"mkdir -p {journal} $(dirname {settings}); printf '[Journal]\\nStorage=volatile\\n' > {settings}")
+    spark.run(f"mount -t tmpfs -o size=16M full {journal}")
+    try:
+        spark.run("systemctl restart systemd-journald")
+        spark.run(f"cat /dev/zero > {journal}/full", good=(1,))
+        spark.run("head -c 1M /dev/urandom | base64 | systemd-cat")
+        assert spark.run(f"df --output=avail {journal} | tail -1").strip() == "0"
+        spark.serve("serving")
+        spark.lines(-4096)
+        await_true(lambda: not spark.pids_left(), "the end of the container")
+        await_true(lambda: spark.events("kill"), "the kill in the events file")
+    finally:
+        spark.run(f"rm -f {settings} {journal}/full; umount -l {journal}; systemctl restart systemd-journald")
 
 
 def test_a_journal_that_takes_nothing_does_not_stop_the_kill(spark: Spark) -> None:

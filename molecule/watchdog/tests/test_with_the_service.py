@@ -172,6 +172,15 @@ def test_after_a_kill_a_start_waits_until_memory_was_seen_to_return(service: Ser
     assert service.run("docker ps -q") == ""
     (kill,) = service.events("kill")
     assert kill["mem_available_kb"] > 3 << 20
+    bundle = f"/var/lib/reap/evidence/watchdog/{kill['evidence']}/bundle.json"
+    await_true(lambda: service.run(f"ls {bundle}", good=(0, 2)), "the evidence bundle", service.story)
+    saved = json.loads(service.run(f"cat {bundle}"))
+    # The engine removes the container and its log at its end; its words and its state before that are kept.
+    assert "model double: listening" in saved["container_log"]
+    assert not [line for line in saved["container_log"] if line.startswith("reap serve:")]
+    assert any("reap serve:" in line for line in saved["journal"])
+    assert saved["container_state_before"]["Running"] is True
+    assert saved["container_state_before"]["Pid"] > 1
     service.run("rm /srv/hog")
     service.await_busy(not_container=before)
     loading = next(event for event in service.events("phase") if event["phase"] == "loading")
