@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import yaml
 
 from reap.cli import main
 from reap.errors import ReapError
@@ -20,6 +21,7 @@ from reap.images import base, derived, naming
 from reap.images.engine import Engine, EngineError, auth_header, demultiplex
 from reap.images.labels import LABEL_BASE, LABEL_BASE_ID, LABEL_CANDIDATE, LABEL_MATCHED, LABEL_VALIDATED, WORK
 
+ROOT = Path(__file__).resolve().parents[3]
 DIGEST, IMAGE_ID = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 
 
@@ -92,6 +94,26 @@ def test_bases_that_nothing_needs_go_by_the_recipes_own_names(tmp_path: Path) ->
     gone = base.prune(engine, spec(tmp_path), {kept})  # type: ignore[arg-type]
     assert gone == engine.removed == ["reap-base:old", "reap-base-cutlass:old", pulled]
     assert json.loads((tmp_path / "s.json").read_text()) == {"bases": {kept: {"reference": "host/image@x"}}}
+
+
+def test_the_pinned_image_has_one_home() -> None:
+    """Another digest is pulled, patched and served: no role has a variable of its own for it."""
+
+    def settings(path: str) -> dict[str, Any]:
+        found: dict[str, Any] = yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
+        return found
+
+    brought = settings("roles/runtime_image/vars/main.yml")["__runtime_image_base"]
+    patched = settings("roles/vllm_patches/defaults/main.yml")["vllm_patches_base_identity"]
+    facts = yaml.safe_load((ROOT / "roles/spark_host/tasks/facts.yml").read_text(encoding="utf-8"))
+    looked_for = facts[0]["spark_facts"]["image"]
+    for key in ("repository", "digest", "id"):
+        assert brought[key] == patched[key] == looked_for[key]
+        assert f"reap_runtime_image.{key}" in brought[key]
+    everybody = settings("group_vars/all/main.yml")
+    assert "reap_runtime_image.digest" in everybody["reap_runtime_base"]
+    assert "reap_runtime_base" in everybody["reap_image"]
+    assert "reap_runtime_base" in settings("roles/vllm_patches/defaults/main.yml")["vllm_patches_base"]
 
 
 # What happens to the images of a host, on a double that keeps names, labels and containers as an engine does. The same

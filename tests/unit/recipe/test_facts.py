@@ -161,3 +161,25 @@ def test_only_a_service_that_lives_has_its_port(
 def test_a_state_that_cannot_be_read_has_no_port(facts: ModuleType, tmp_path: Path, port: int, text: str) -> None:
     (tmp_path / "service.json").write_text(text)
     assert facts.port_taken(port, str(tmp_path))
+
+
+def test_a_part_of_a_model_is_counted_and_a_whole_one_needs_nothing(facts: ModuleType, tmp_path: Path) -> None:
+    model = tmp_path / "org" / "name" / "revision"
+    found = facts.model_disk(str(model))
+    assert (found["present"], found["whole"], found["device"]) == (0, False, tmp_path.stat().st_dev)
+    assert found["free"] > 0
+    part = model.with_name("revision.partial") / "folder"
+    part.mkdir(parents=True)
+    (part / "a").write_bytes(b"x" * 1000)
+    assert (facts.model_disk(str(model))["present"], facts.model_disk(str(model))["whole"]) == (1000, False)
+    model.mkdir()
+    assert facts.model_disk(str(model))["whole"]
+
+
+def test_a_host_without_an_engine_has_no_image_yet(facts: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(*_: object, **__: object) -> None:
+        raise facts.ReapError("no container engine answers")
+
+    monkeypatch.setattr(facts.Engine, "call", nobody)
+    found = facts.image_disk({"repository": "host/image", "digest": f"sha256:{'0' * 64}"})
+    assert (found["path"], found["whole"]) == ("/var/lib/docker", False)
