@@ -5,6 +5,7 @@ The order matters: faults come before the reboot, and every fault must leave the
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -41,9 +42,10 @@ def command(name: str, *extra: str) -> tuple[list[str], dict[str, str]]:
     return [program, *inventories, "-l", HOST, name, *extra], environment
 
 
-def playbook(name: str, *extra: str) -> subprocess.CompletedProcess[str]:
-    """Run a playbook to its end."""
+def playbook(name: str, *extra: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a playbook to its end, with these variables in its environment too."""
     words, environment = command(name, *extra)
+    environment |= variables
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -149,7 +151,7 @@ def test_status_is_one_line_and_one_json(host: Any) -> None:
 
 
 def refused(done: subprocess.CompletedProcess[str], words: str) -> None:
-    """The run failed, and its last line says why."""
+    """The run failed, and the host's line at its end says why."""
     assert done.returncode != 0
     summary = done.stdout[done.stdout.index("HOSTS **") :]
     assert f"{HOST}  FAILED" in summary
@@ -157,10 +159,16 @@ def refused(done: subprocess.CompletedProcess[str], words: str) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
-ANOTHER_IMAGE = ["-e", json.dumps({"runtime_image_digest": f"sha256:{'0' * 64}", "runtime_image_id": ""})]
+ANOTHER = {**json.loads((ROOT / ".cache/sim/facts.json").read_text())["runtime_image"], "digest": f"sha256:{'0' * 64}"}
+ANOTHER_IMAGE = [
+    "-e",
+    json.dumps(
+        {"reap_runtime_image": {"repository": ANOTHER["reference"], "digest": ANOTHER["digest"], "free_bytes": 1}}
+    ),
+]
 # Another model, because what is there already needs neither room nor a hub.
 ANOTHER_MODEL = ["-e", "reap_sim_model=sim/no-needle"]
-# What is wrong: the settings that make it so, the words the error must have.
+# What is wrong: the settings that make it so, the words the error must have. Nothing of it changes the host.
 BAD_INPUT = {
     "unknown profile": (["-e", "reap_profile=k145"], "unknown profile"),
     "misspelt variable": (["-e", "reap_service_prot=1"], "unknown setting reap_service_prot"),
@@ -169,8 +177,9 @@ BAD_INPUT = {
     "port in use": (["-e", "reap_port=22"], "port 22 is in use"),
     "wrong digest": (ANOTHER_IMAGE, "check the repository and the digest"),
     "disk too small": ([*ANOTHER_MODEL, "-e", "model_fetch_reserve_bytes=900000000000000"], "free; wanted"),
-    "not root": (["-e", "ansible_become=false"], "root"),
+    "not root": (["-e", "ansible_become=false"], "the tasks do not run as root: give the login user sudo"),
 }
+KNOWN_ON_THE_CONTROLLER = ("unknown profile", "misspelt variable", "floor as a size", "port that is no number")
 
 
 @pytest.mark.parametrize("fault", BAD_INPUT)
@@ -179,7 +188,10 @@ def test_bad_input_is_one_clear_error_and_the_model_is_served_on(
 ) -> None:
     arguments, words = BAD_INPUT[fault]
     with same_service(started, host):
-        refused(playbook("site.yml", *arguments), words)
+        done = playbook("site.yml", *arguments)
+        refused(done, words)
+        assert changed(done) == 0, done.stdout[-6000:]
+        assert ("nothing was touched" in done.stdout) == (fault in KNOWN_ON_THE_CONTROLLER)
         assert answered(host)
 
 
@@ -277,19 +289,61 @@ def test_it_comes_back_after_a_reboot(host: Any) -> None:
     assert host.service("reap-watchdog").is_running
 
 
-def test_stop_start_and_teardown(host: Any) -> None:
+KEYS = ("first-Secret-0f3c", "second-Secret-7a1d")
+
+
+def test_a_stopped_service_starts_with_a_new_key_that_no_output_tells(host: Any) -> None:
     assert playbook("playbooks/stop.yml").returncode == 0
     assert not host.service("reap").is_running
-    assert playbook("playbooks/start.yml").returncode == 0
-    assert answered(host)
+    # Before and after of a changed key is what --diff would show.
+    told = []
+    for key in KEYS:
+        done = playbook(
+            *("playbooks/provision.yml", "--tags", "reap_service_configure", "--diff", "-vvv"), REAP_API_KEY=key
+        )
+        assert done.returncode == 0, done.stdout[-3000:]
+        assert changed(done) == 1, done.stdout[-6000:]
+        assert host.file("/etc/reap/api-key").content_string.strip() == key
+        told.append(done)
+    told.append(playbook("playbooks/start.yml", "--diff", "-vvv", REAP_API_KEY=KEYS[1]))
+    assert told[-1].returncode == 0, told[-1].stdout[-3000:]
+    for done in told:
+        for key in KEYS:
+            assert key not in done.stdout + done.stderr
+            assert base64.b64encode(key.encode()).decode().rstrip("=") not in done.stdout + done.stderr
+    status = "curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:8000/v1/models"
+    assert host.check_output(status) == "401"
+    assert host.check_output(f"{status} -H 'Authorization: Bearer {KEYS[0]}'") == "401"
+    assert host.check_output(f"{status} -H 'Authorization: Bearer {KEYS[1]}'") == "200"
+
+
+def left(host: Any) -> list[str]:
+    """What has the recipe's name on the host, outside of its folders of models and evidence."""
+    places = "/etc /opt /run /srv /usr/local /var/cache /var/lib /var/log"
+    # What the service manager remembers of units is its own.
+    others = ("/run/systemd/*", "/var/lib/docker*", "/var/lib/reap/models/*", "/var/lib/reap/evidence/*")
+    skipped = " -o ".join(f"-path '{path}'" for path in others)
+    found = f"find {places} \\( {skipped} \\) -prune -o \\( -name reap -o -name '*reap[-.]*' \\) -print"
+    with host.sudo():
+        paths = str(host.check_output(f"{found}; find /var/lib/reap -mindepth 1 -maxdepth 1 2>/dev/null || true"))
+    # The host's own name, and a unit of e2fsprogs.
+    return sorted({path for path in paths.splitlines() if HOST not in path and "e2scrub_reap" not in path})
+
+
+def test_a_teardown_leaves_models_and_evidence_alone_and_goes_further_where_told(host: Any) -> None:
     done = playbook("playbooks/teardown.yml")
     assert done.returncode == 0, done.stdout[-3000:]
-    for path in (
-        "/etc/reap",
-        "/opt/reap",
-        "/etc/systemd/system/reap.service",
-        "/etc/systemd/system/reap-watchdog.service",
-    ):
-        assert not host.file(path).exists, path
-    assert host.file("/var/lib/reap/models").exists
-    assert changed(playbook("playbooks/teardown.yml")) == 0
+    assert left(host) == ["/var/lib/reap", "/var/lib/reap/evidence", "/var/lib/reap/models"]
+    with host.sudo():
+        assert host.check_output("find /var/lib/reap/models -name '*.safetensors'")
+        assert host.check_output("find /var/lib/reap/evidence -name report.json")
+        assert host.check_output("docker ps --all --quiet") == ""
+        assert host.check_output("docker images --all --quiet") == ""
+    assert not host.user("reap").exists
+    assert not host.group("reap").exists
+
+    everything = ("-e", "teardown_models=true", "-e", "teardown_evidence=true")
+    done = playbook("playbooks/teardown.yml", *everything)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert left(host) == []
+    assert changed(playbook("playbooks/teardown.yml", *everything)) == 0
