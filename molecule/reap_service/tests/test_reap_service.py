@@ -153,7 +153,7 @@ def test_a_taken_port_leaves_what_serves(service: Service) -> None:
 
 def test_a_wider_address_is_refused_and_the_proxy_is_named(service: Service) -> None:
     before = service.state()["container_id"]
-    wider = ("-e", "reap_service_bind_address=0.0.0.0", "--tags", "reap_service")
+    wider = ("-e", "reap_service_bind_address=0.0.0.0", "--tags", "reap_service_preflight")
     said = playbook(SCENARIO, "molecule/reap_service/converge.yml", *wider)
     assert said.startswith("failed")
     assert "wanted a loopback address" in said
@@ -170,7 +170,7 @@ def test_the_proxy_without_a_certificate_is_refused(service: Service) -> None:
 
 def test_a_certificate_of_ones_own_is_served_and_plain_text_where_that_is_asked_for(service: Service) -> None:
     before = service.state()["container_id"]
-    role = ("molecule/reap_service/converge.yml", "--tags", "reap_service")
+    role = ("molecule/reap_service/converge.yml", "--tags", "reap_service_preflight,reap_service_proxy")
     make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
     service.run(f"umask 077; {make} -addext subjectAltName=DNS:localhost -keyout /srv/own.key -out /srv/own.pem 2>&1")
     own = "reap_service_proxy_certificate=/srv/own.pem reap_service_proxy_certificate_key=/srv/own.key"
@@ -294,4 +294,4 @@ def test_a_teardown_leaves_neither_service_nor_proxy(service: Service) -> None:
     assert playbook(SCENARIO, "playbooks/teardown.yml").startswith("passed")
     service.nothing_is_left()
     assert service.run("pgrep -a nginx; ss -Hltn sport = :8443", good=(0, 1)) == ""
-    assert service.run("ls -d /etc/systemd/system/reap* /etc/reap", good=(0, 2)) == ""
+    assert service.run("ls -d /etc/systemd/system/reap* /etc/systemd/system/*.wants/reap* /etc/reap", good=(0, 2)) == ""

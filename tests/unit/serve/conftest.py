@@ -30,7 +30,7 @@ MAIN = (
 )
 
 
-def until(condition: Callable[[], Any], what: str | Callable[[], str], seconds: float = 60.0) -> Any:
+def until(condition: Callable[[], Any], what: str | Callable[[], str], seconds: float = 180.0) -> Any:
     """Wait for a condition; fail with ``what`` as it is then when it does not come."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
