@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,10 @@ class Run:
         except (Failed, SimError) as error:
             entry["error"] = str(error)
             raise
+        except Exception:
+            # Whatever it is, the machines have to end; a person reads where it came from.
+            entry["error"] = traceback.format_exc()
+            raise Failed(entry["error"]) from None
         except KeyboardInterrupt:
             entry["error"] = "interrupted"
             raise
