@@ -215,6 +215,59 @@ def test_a_giver_that_loses_its_power_is_replaced_by_another() -> None:
     assert sent(replacement) - before[replacement] < 1.1 * (size - came + FILE_BYTES)
 
 
+def job(name: str) -> str:
+    return str(json.loads(on(name).check_output("cat /run/reap/jobs/model_fetch/job.json"))["id"])
+
+
+def test_a_play_that_was_interrupted_attaches_and_hands_over_its_keys() -> None:
+    """The second play's keys replace the first one's while the copy runs, and the next connection needs them."""
+    giver, other, receiver = NAMES[0], NAMES[1], NAMES[3]
+    limit(giver, "30mbit")
+    asked = len(requests())
+    rights = "sha256sum < /home/spark/.ssh/authorized_keys"
+    with receiving(receiver, giver) as first:
+        copying(receiver)
+        before, begun = on(giver).check_output(rights), job(receiver)
+        first.kill()
+        first.communicate()
+    # One more host than before: the command for the same step is another one.
+    second = play_model(SCENARIO / "inventory", "--limit", ",".join([receiver, giver, other]))
+    changed = f'until [ "$({rights})" != {shlex.quote(before)} ]; do sleep 0.2; done'
+    try:
+        on(giver).check_output(f"timeout 120 sh -c {shlex.quote(changed)}")
+        on(giver).run("pkill -KILL --exact rsync")
+        out, _ = second.communicate(timeout=240)
+    finally:
+        if second.poll() is None:
+            second.kill()
+            second.communicate()
+        limit(giver, "200mbit")
+    assert second.returncode == 0, out
+    assert job(receiver) == begun
+    assert sources()[receiver] in (giver, other)
+    assert len(requests()) == asked
+    assert_whole(on(receiver))
+    assert not on(receiver).file(KEYS).exists
+
+
+def test_an_offline_fleet_takes_it_from_the_host_with_the_disk() -> None:
+    """The folder is set for all, and the host that has it is not the first of the play."""
+    disk, without = NAMES[3], NAMES[2]
+    on(disk).check_output(f"rm -rf /var/lib/reap/disk && cp -a {DEST} /var/lib/reap/disk && rm -rf {DEST}")
+    on(without).check_output(f"rm -rf {DEST} {DEST}.partial")
+    asked = len(requests())
+    extra = {"model_fetch_offline": True, "model_fetch_imports": ["/var/lib/reap/disk"], "model_fetch_seeds": []}
+    play = play_model(SCENARIO / "inventory", "--limit", f"{without},{disk}", "-e", json.dumps(extra))
+    out, _ = play.communicate(timeout=240)
+    on(disk).check_output("rm -rf /var/lib/reap/disk")
+    assert play.returncode == 0, out
+    assert sources()[without] == disk
+    assert manifest(on(disk))["source"] == "disk:/var/lib/reap/disk"
+    assert len(requests()) == asked
+    for name in (disk, without):
+        assert_whole(on(name))
+
+
 def test_a_folder_of_links_is_given_to_nobody() -> None:
     """As a cache of links: by its names and sizes all is there."""
     giver, receiver = NAMES[0], NAMES[3]
