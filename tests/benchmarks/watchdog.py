@@ -108,11 +108,13 @@ def main() -> int:
     parser.add_argument("--naive-rounds", type=int, default=100, help="kills of the naive loop at 4 GiB/s")
     parser.add_argument("--other-rounds", type=int, default=20, help="kills of each guard at 1 and at 14 GiB/s")
     parser.add_argument("--idle", type=float, default=20.0, help="seconds of each measurement of CPU time")
+    parser.add_argument("--program", default="/opt/reap/bin/reap", help="path of the reap program on that host")
+    parser.add_argument("--stand-in", action="store_true", help="no engine there: a script in place of docker")
     parser.add_argument("--out", type=Path, help="keep all figures as JSON")
     args = parser.parse_args()
 
     rounds = [f"--rounds={args.rounds}", f"--naive-rounds={args.naive_rounds}", f"--other-rounds={args.other_rounds}"]
-    options = [*rounds, f"--idle={args.idle}"]
+    options = [*rounds, f"--idle={args.idle}", f"--program={args.program}", *(["--stand-in"] if args.stand_in else [])]
     with (Path(__file__).parent / "watchdog_host.py").open("rb") as script:
         command = [*shlex.split(args.on), "python3", "-", *options]
         done = subprocess.run(command, stdin=script, stdout=subprocess.PIPE, check=True)
