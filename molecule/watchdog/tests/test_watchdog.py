@@ -283,7 +283,7 @@ def test_a_full_journal_does_not_stop_the_kill(spark: Spark) -> None:
         spark.run("systemctl restart systemd-journald")
         spark.run(f"cat /dev/zero > {journal}/full", good=(1,))
         spark.run("head -c 1M /dev/urandom | base64 | systemd-cat")
-        assert spark.run(f"df --output=avail {journal} | tail -1").strip() == "0"
+        assert int(spark.run(f"df --output=avail {journal} | tail -1")) < 64, "kB: the least journal file has 512"
         spark.serve("serving")
         spark.lines(-4096)
         await_true(lambda: not spark.pids_left(), "the end of the container")
