@@ -132,6 +132,15 @@ def test_what_does_not_pass_is_named(site: Site, rules: list[dict[str, Any]], wo
     assert not site.dest.exists()
 
 
+def test_a_downloader_that_is_slow_to_start_is_no_stalled_connection(site: Site, tmp_path: Path) -> None:
+    """As on a host that is busy: each of its processes takes longer to start than a connection may be silent."""
+    slow = tmp_path / "python"
+    slow.write_text(f'#!/bin/sh\nsleep 3\nexec {site.python} "$@"\n')
+    slow.chmod(0o755)
+    site.fetch(settings={"python": str(slow), "stall_s": 1.5, "patience_s": 10.0})
+    assert site.is_whole()
+
+
 def test_a_gated_repository_says_what_to_do(site: Site) -> None:
     site.faults(access={REPO: {"kind": "gated", "token_sha256": []}})
     with pytest.raises(ReapError, match="accept its terms"):

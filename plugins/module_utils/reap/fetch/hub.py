@@ -32,6 +32,8 @@ _BYTES_PER_WORKER = 32 << 20
 _CONTENT_ATTEMPTS = 3
 _WAIT = re.compile(r"Waiting ([0-9.]+)s before retry")
 _LONGEST_WAIT_S = 3600.0
+# A child's start is half a second of a core; on a host that is busy with a load it has taken more than a minute.
+_START_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ class _Child:
         os.set_blocking(self.process.stdout.fileno(), False)
         self._selector.register(self.process.stdout, selectors.EVENT_READ)
         self._rest = b""
+        self.ready = False
 
     def ask(self, request: Mapping[str, Any]) -> None:
         assert self.process.stdin is not None
@@ -315,10 +318,14 @@ class Hub:
         child = slot[0]
         child.ask(request)
         mark, marked = _size(part), time.monotonic()
-        allowed = settings.stall_s
+        allowed = settings.stall_s if child.ready else _START_S + settings.stall_s
         while not self._stop.is_set():
             reply = child.answer(0.25)
             now = time.monotonic()
+            if reply is not None and reply.get("event") == "ready":
+                child.ready = True
+                mark, marked, allowed = _size(part), now, settings.stall_s
+                continue
             if reply is not None and reply.get("event") == "note":
                 note = str(reply.get("message", ""))
                 self._note(note)

@@ -178,6 +178,8 @@ def main() -> int:
     except ImportError as error:
         _answer({"ok": False, "kind": "library", "message": f"{sys.executable} has no huggingface_hub ({error})"})
         return 2
+    # From here on a silence is the network's.
+    _answer({"event": "ready"})
     for line in sys.stdin:
         request = json.loads(line)
         operation = request.pop("op")
