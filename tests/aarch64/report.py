@@ -76,9 +76,10 @@ def _site(found: dict[str, Any]) -> list[str]:
 
 
 def _events(events: list[dict[str, Any]]) -> list[str]:
-    first = events[0]["monotonic"]
+    # By the wall clock: the other one begins anew at a boot.
+    first = events[0]["unix"]
     rows = [
-        f"| {one['monotonic'] - first:.1f} | {one['event']} | {gib(one['mem_available_kb'])} | {one['reason']} |"
+        f"| {one['unix'] - first:.1f} | {one['event']} | {gib(one['mem_available_kb'])} | {one['reason']} |"
         for one in events
     ]
     return ["| s | event | MemAvailable, GiB | reason |", "|---:|---|---:|---|", *rows]
@@ -88,7 +89,7 @@ def _watchdog(found: dict[str, Any]) -> list[str]:
     return [
         "## The watchdog with the real floor",
         "",
-        f"The double took memory at full speed from {gib(found['mem_available_before_kb'])} GiB of MemAvailable: "
+        f"The double took memory in steps of GiB from {gib(found['mem_available_before_kb'])} GiB of MemAvailable: "
         f"{gib(found['fell_kb'])} GiB within {found['fell_within_s']:.0f} s before the kill, down to "
         f"{gib(found['mem_available_least_kb'])} GiB (readings of the watchdog, `watchdog.svg`).",
         "",
