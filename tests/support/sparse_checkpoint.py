@@ -17,6 +17,9 @@ from reap.memory.config import FLASH_CONFIG, DeepSeekV4, parse_deepseek
 from reap.memory.weights import deepseek_tensors
 from reap.safetensors import INDEX_NAME, Tensor
 
+# Keys of the published config.json that say nothing about sizes.
+_UNSIZED = {"architectures": ["DeepseekV4ForCausalLM"], "quantization_config": {"quant_method": "fp8"}}
+
 
 @dataclass(frozen=True, slots=True)
 class SparseCheckpoint:
@@ -54,7 +57,7 @@ def write_sparse_checkpoint(folder: Path, routed_experts: int = 144, **config: o
         layer, as published.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    content = {**FLASH_CONFIG, "architectures": ["DeepseekV4ForCausalLM"], **config, "n_routed_experts": routed_experts}
+    content = {**FLASH_CONFIG, **_UNSIZED, **config, "n_routed_experts": routed_experts}
     geometry = parse_deepseek(content, "sparse checkpoint")
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     groups = [list(members) for _, members in groupby(_in_file_order(geometry), key=lambda pair: pair[0])]

@@ -1,11 +1,11 @@
 """The driver of gpu-proof-full against a double of vLLM: a program that logs and streams as vLLM 0.22.0 does."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from reap.fetch.plan import config_problems
 from tests.gpu import full_server
 
 DOUBLE = """
@@ -121,6 +121,5 @@ def test_a_phase_that_misses_a_figure_has_failed(change: dict[str, Any], said: s
 
 def test_the_model_has_the_profile_s_geometry(tmp_path: Path) -> None:
     full_server.write_model(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     expected = full_server.profile_of(full_server.PROFILE).model_expect
-    assert {key: config[key] for key in expected} == expected
+    assert config_problems(tmp_path / "config.json", expected) == []

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from reap.errors import ReapError
+from reap.fetch.plan import config_problems
 from reap.profiles import Profile, container_environment, vllm_arguments
 
 PROFILES: dict[str, dict[str, Any]] = yaml.safe_load(
@@ -46,6 +47,27 @@ OWN = {
     "k160-nospec-200k": ["--kv-cache-memory-bytes 8G", "--max-num-batched-tokens 4096",
                          "--served-model-name DeepSeek-V4-Flash-Spark"],
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name, data in PROFILES.items() if data["hardware"] == "spark"])
+def test_a_profile_for_a_spark_says_which_checkpoint_it_means(name: str, tmp_path: Path) -> None:
+    """Another number of experts, layers or positions, or another kind of weights: refused before 94 GB are fetched."""
+    expect = PROFILES[name]["model_expect"]
+    published = {
+        "model_type": "deepseek_v4",
+        "num_hidden_layers": 43,
+        "max_position_embeddings": 1048576,
+        "n_routed_experts": {"0xSero/DeepSeek-V4-Flash-162B": 144, "0xSero/DeepSeek-V4-Flash-180B": 160}[
+            PROFILES[name]["model_repo"]
+        ],
+        "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+    }
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(published))
+    assert config_problems(config, expect) == []
+    for key in published:
+        config.write_text(json.dumps({**published, key: None}))
+        assert len(config_problems(config, expect)) == 1, key
 
 
 def arguments(data: dict[str, Any], name: str = "p") -> list[str]:
