@@ -166,7 +166,7 @@ def stopped(host: Host) -> Iterator[Callable[[], str]]:
 
 def test_a_stopped_engine_is_started_and_no_package_changes(host: Host, stopped: Callable[[], str]) -> None:
     before = stopped()
-    done = playbook("playbooks/provision.yml", "--tags", "spark_host")
+    done = playbook("playbooks/provision.yml", "--tags", "spark_host_install")
     assert done.returncode == 0, done.stdout[-2000:]
     assert "changed=1" in line(done), done.stdout[-3000:]
     assert host.service("docker").is_running
@@ -178,7 +178,7 @@ def test_an_engine_that_cannot_start_is_named_and_neither_replaced_nor_set_anew(
 ) -> None:
     host.check_output("systemctl mask --runtime docker.socket docker.service")
     before = stopped()
-    done = playbook("playbooks/provision.yml", "--tags", "spark_host", *gpu)
+    done = playbook("playbooks/provision.yml", "--tags", "spark_host_install", *gpu)
     assert done.returncode != 0
     assert "Docker is installed and does not answer" in line(done), done.stdout[-3000:]
     assert "masked" in line(done)
