@@ -230,13 +230,19 @@ class ActionModule(ActionBase):
                 if timeout and spent() > timeout:
                     view = self._call({**args, "mode": "end"}, job_id=view["job_id"])
                     return {**view, "failed": True, "msg": f"step {args['step']} took longer than {timeout:.0f} s"}
-            elif view.get("failed") or view.get("ended") or mode == "wait":
+            elif view.get("failed") or view.get("ended"):
                 return {**view, "attached": attached}
+            elif not args.get("argv"):
+                lost = (
+                    f"step {args['step']} neither runs nor has ended on {screen.host}: nothing began it since the host "
+                    "started; begin it again"
+                )
+                return {**view, "failed": True, "msg": lost}
             elif restarts < RESTARTS:
                 # Neither running nor ended: the host restarted, or the runner was killed.
                 restarts += 1
                 self._display.display(f"[{screen.host}] {screen.step}: interrupted on the host; starting it again")
-                view = self._call(args, wait_s=2.0, job_id="again")
+                view = self._call({**args, "mode": "run"}, wait_s=2.0, job_id="again")
                 continue
             else:
                 return {**view, "failed": True, "msg": f"step {args['step']} was interrupted {restarts + 1} times"}

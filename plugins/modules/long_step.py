@@ -62,7 +62,8 @@ options:
     type: list
     elements: str
   mode:
-    description: V(run) starts or attaches and waits; V(start) returns at once; V(wait) waits for a job started before.
+    description: V(run) starts or attaches and waits; V(start) returns at once; V(wait) waits for a job started before,
+      and starts it again where a restart of the host ended it.
     type: str
     choices: [run, start, wait]
     default: run

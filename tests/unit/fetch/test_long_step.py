@@ -239,8 +239,22 @@ def test_start_now_and_wait_later(play: Play) -> None:
     play.go()
     rc, out = play.run(mode="wait")
     assert (rc, play.result()["rc"]) == (0, 0), out
-    rc, out = play.run(mode="wait", step="never")
-    assert (rc, play.result().get("rc")) == (0, None), out
+    rc, out = play.run(mode="wait", step="never", argv=[])
+    assert rc != 0
+    assert "step never neither runs nor has ended on one" in out
+
+
+def test_who_waits_begins_again_what_a_restart_of_the_host_ended(play: Play) -> None:
+    """A pull that ran beside the model download and is gone has not ended well."""
+    rc, out = play.run(mode="start")
+    assert rc == 0, out
+    play.await_start()
+    runner = json.loads((play.folder / "jobs" / "demo" / "job.json").read_text())["pid"]
+    os.killpg(runner, signal.SIGKILL)
+    play.go()
+    rc, out = play.run(mode="wait")
+    assert (rc, play.result()["rc"]) == (0, 0), out
+    assert len(play.starts()) == 2
 
 
 def test_a_terminal_has_one_line_per_host_drawn_in_place(play: Play) -> None:
