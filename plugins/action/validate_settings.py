@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from ansible.errors import AnsibleError
+from ansible.errors import AnsibleError, AnsibleUndefinedVariable
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
 from ansible.utils.vars import load_extra_vars
@@ -127,9 +127,15 @@ class ActionModule(ActionBase):
             )
 
         values: dict[str, Any] = {}
+        defaults = set().union(*roles.values())
         for name in sorted(task_vars.keys() & {"reap_port", "reap_run_dir"}.union(RUN_OPTIONS, *roles.values())):
             try:
                 values[name] = self._templar.template(task_vars[name])
+            except AnsibleUndefinedVariable as error:
+                # A default is known within its role alone: there the role's own check judges what is made of it.
+                missing = re.search(r"'(\w+)' is undefined", str(error))
+                if known_profile and not (missing and missing[1] in defaults):
+                    problems.append(f"{name} cannot be evaluated: {error}")
             except AnsibleError as error:
                 # What cannot be evaluated for want of a profile is no problem of its own.
                 if known_profile:

@@ -51,6 +51,7 @@ def preflight(
         ("teardown_models=perhaps", "'perhaps', wanted bool"),
         ("reap_serial=some", "wanted a number from 1, a percentage such as 25%"),
         ("reap_run_dir=/run/elsewhere", "wanted /run/reap"),
+        ("model_fetch_dest={{ model_fetch_modles_dir }}/x", "'model_fetch_modles_dir' is undefined"),
     ],
 )
 def test_a_bad_setting_is_one_clear_error_and_the_host_is_not_touched(
@@ -105,6 +106,11 @@ def test_good_settings_reach_the_host_and_an_unreachable_one_is_named(tmp_path: 
     assert done.returncode != 0
     assert "unreachable=1" in done.stdout
     assert "check ansible_host, the network and the SSH key" in done.stdout
+
+
+def test_a_setting_may_be_made_of_a_default_that_only_its_role_knows(tmp_path: Path) -> None:
+    done = preflight(tmp_path, "-e", "model_fetch_dest={{ model_fetch_models_dir }}/x", playbook="model.yml")
+    assert "unreachable=1" in done.stdout, done.stdout
 
 
 def test_a_secret_is_not_shown_in_an_error(tmp_path: Path) -> None:

@@ -343,18 +343,20 @@ def sweep(engine: Engine) -> list[str]:
 def prune(engine: Engine, current: str = "", keep: int = 0) -> list[str]:
     """Remove patched images beyond the current one and `keep` older ones; what a container uses stays.
 
-    An image whose name went to its successor has none, and goes by its ID; names that somebody else gave stay.
+    An image whose name went to its successor has none: no generation can go back to it, so it is not one that is kept,
+    and it goes by its ID. Names that somebody else gave stay.
 
     Returns:
         Names and IDs that are gone. Without arguments every patched image goes that no container uses.
     """
-    older = []
+    older, nameless = [], []
     for entry in _patched(engine):
         tags = tags_of(entry)
         own = [name for name in tags if name.startswith(f"{REPOSITORY}:") and name != current]
-        older += [(int(entry["Created"]), name) for name in (own if tags else [entry["Id"]])]
+        older += [(int(entry["Created"]), name) for name in own]
+        nameless += [] if tags else [str(entry["Id"])]
     gone = []
-    for _, name in sorted(older, reverse=True)[keep:]:
+    for name in [*nameless, *(name for _, name in sorted(older, reverse=True)[keep:])]:
         if not _in_use(engine, name) and engine.remove_image(name):
             gone.append(name)
     return gone
