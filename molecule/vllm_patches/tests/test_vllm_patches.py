@@ -274,7 +274,7 @@ def test_a_base_that_changed_under_the_same_tag_is_refused_unless_it_may_change(
 
 
 def test_a_build_that_is_killed_leaves_nothing_for_good(host: Host) -> None:
-    wanted = build(FACTS["digest"], name="reap-runtime:killed")
+    wanted = build(FACTS["digest"], name="reap-runtime:killed", keep=9)
     words = shlex.join([REAP, "image", "patched", "--base", json.dumps(BASE), "--build", json.dumps(wanted)])
     testing = "docker ps --quiet --filter name=reap-image-work-selftest"
     until = f'until test -n "$({testing})"; do kill -0 $build || exit 7; done'
