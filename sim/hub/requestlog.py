@@ -1,6 +1,6 @@
 """The hub's request log: what was asked and how much was sent, so that a test can tell what was fetched twice.
 
-In memory a request is kept when it ended. In a file it has its line from the begin, and that line is kept up to date in
+In memory a request is shown when it ended. In a file it has its line from the begin, and that line is kept up to date in
 place, so that a hub that is killed has written down what it had sent until then.
 """
 
@@ -62,20 +62,21 @@ class _Line:
 
 
 class RequestLog:
-    """Entries in the order in which their requests ended; in a file, if wanted, in the order in which they began."""
+    """Entries in the order in which their requests began; in a file too, if wanted."""
 
     def __init__(self, file: Path | None = None) -> None:
         self._file = file
         self._entries: deque[Entry] = deque(maxlen=_KEPT)
-        self._running = 0
+        self._running: dict[int, Entry] = {}
         self._lines: dict[int, _Line] = {}
         self._changed = threading.Condition()
 
     @contextmanager
     def request(self, entry: Entry) -> Iterator[Entry]:
-        """Keep an entry when the block ends, however it ends."""
+        """Keep an entry, and show it when the block ends, however it ends."""
         with self._changed:
-            self._running += 1
+            self._running[id(entry)] = entry
+            self._entries.append(entry)
             if self._file is not None:
                 # The lock keeps two from taking the same place.
                 self._lines[id(entry)] = _Line(self._file, entry)
@@ -83,8 +84,7 @@ class RequestLog:
             yield entry
         finally:
             with self._changed:
-                self._running -= 1
-                self._entries.append(entry)
+                del self._running[id(entry)]
                 line = self._lines.pop(id(entry), None)
                 if line is not None:
                     line.close()
@@ -96,15 +96,16 @@ class RequestLog:
             line.update()
 
     def lines(self, wait_s: float) -> str:
-        """Return all entries as JSON lines, once no request is running or after `wait_s` seconds."""
+        """Return what has ended as JSON lines, once no request is running or after `wait_s` seconds."""
         with self._changed:
-            self._changed.wait_for(lambda: self._running == 0, timeout=wait_s)
-            return "".join(json.dumps(asdict(entry)) + "\n" for entry in self._entries)
+            self._changed.wait_for(lambda: not self._running, timeout=wait_s)
+            ended = (entry for entry in self._entries if id(entry) not in self._running)
+            return "".join(json.dumps(asdict(entry)) + "\n" for entry in ended)
 
     def clear(self) -> None:
-        """Forget the entries in memory."""
+        """Forget the entries of ended requests in memory."""
         with self._changed:
-            self._entries.clear()
+            self._entries = deque(self._running.values(), maxlen=_KEPT)
 
 
 def sent_twice(lines: Iterable[Any], path: str, kills: Sequence[float]) -> list[int]:

@@ -45,14 +45,16 @@ class Faulty(Service):
         assert line.startswith("serving for ")
         assert line.count("\n") == 1
 
-    def begin_long_request(self) -> None:
-        """A client that reads a streamed answer into /tmp/stream."""
+    def begin_long_request(self, tokens: int) -> None:
+        """A client that reads a streamed answer of so many tokens into /tmp/stream; the engine counts it as running."""
         ask = f"curl -sN {HEADERS} -d @/tmp/request {URL} > /tmp/stream"
         self.run(f"cat > /tmp/ask <<'EOF'\n{ask}\nEOF\nrm -f /tmp/stream")
-        self.run(f"cat > /tmp/request <<'EOF'\n{long_request(1500)}\nEOF")
+        self.run(f"cat > /tmp/request <<'EOF'\n{long_request(tokens)}\nEOF")
         self.run("systemctl reset-failed client", good=(0, 1))
         self.run("systemd-run --unit=client sh /tmp/ask")
         await_true(lambda: int(self.run("grep -c ^data: /tmp/stream", good=(0, 1, 2)) or 0) > 5, "the first tokens")
+        running = "curl -s http://127.0.0.1:8000/metrics | grep -E '^vllm:num_requests_running.* 1(\\.0)?$'"
+        await_true(lambda: self.run(running, good=(0, 1)), "a running request in /metrics")
 
     def journal(self) -> str:
         return self.run("journalctl -u reap -o cat -b")
@@ -100,7 +102,7 @@ def test_a_killed_process_of_the_model_brings_a_new_container(service: Faulty, p
 
 def test_a_restart_of_the_engine_lets_requests_end_and_refuses_new_ones(service: Faulty) -> None:
     before, engines, segments = service.container(), service.engines(), service.segments()
-    service.begin_long_request()
+    service.begin_long_request(1500)
     service.run("systemctl restart --no-block docker.service")
     ask = f"curl -s -D /tmp/head -o /tmp/refusal -w '%{{http_code}}' -m 5 {HEADERS} http://127.0.0.1:8000/v1/models"
     await_true(lambda: service.run(ask, good=(0, 28)) == "503", "a refusal", service.story)
@@ -129,7 +131,8 @@ def test_the_engines_stop_and_start_bring_it_back_and_a_persons_stop_does_not(se
 
 def test_a_wedge_under_load_is_found_in_the_metrics_and_leaves_evidence(service: Faulty) -> None:
     before, engines, segments = service.container(), service.engines(), service.segments()
-    service.begin_long_request()
+    # Longer than it takes to stop the engine, whatever this machine is.
+    service.begin_long_request(30000)
     service.run("pkill -STOP -f '[V]LLM::EngineCore'")
     service.serves_alone(before, engines, segments)
     service.run("systemctl stop client", good=(0, 5))

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 # Bytes in memory until they are written: what a kill can lose of each file.
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 
 
 def _die_with_parent(parent: int) -> None:
