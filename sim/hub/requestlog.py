@@ -1,7 +1,7 @@
 """The hub's request log: what was asked and how much was sent, so that a test can tell what was fetched twice.
 
-In memory a request is shown when it ended. In a file it has its line from the begin, and that line is kept up to date in
-place, so that a hub that is killed has written down what it had sent until then.
+In memory a request is shown when it ended. In a file it has its line from the begin, and that line is kept up to date
+in place, so that a hub that is killed has written down what it had sent until then.
 """
 
 from __future__ import annotations
