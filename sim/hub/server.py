@@ -29,6 +29,8 @@ from .requestlog import Entry, RequestLog
 
 CDN = "/_cdn"  # where a redirect rule sends a download: the same files, asked without a token
 _CHUNK = 256 * 1024
+# Of a socket's buffer: what is sent to a host that has vanished counts as handed to the network, up to this.
+_UNSENT = 64 * 1024
 _PAGE = 1000  # entries of a tree listing, as on the hub
 _DATE = datetime.fromtimestamp(COMMIT_DATE, UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
@@ -97,6 +99,10 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     entry: Entry
     rules: list[Rule]
+
+    def setup(self) -> None:
+        super().setup()
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT)
 
     def log_message(self, format: str, *args: object) -> None:
         pass

@@ -102,7 +102,8 @@ def test_a_killed_process_of_the_model_brings_a_new_container(service: Faulty, p
 
 def test_a_restart_of_the_engine_lets_requests_end_and_refuses_new_ones(service: Faulty) -> None:
     before, engines, segments = service.container(), service.engines(), service.segments()
-    service.begin_long_request(1500)
+    # Long enough to run when the stop has come, and over within the time that a stop gives requests (60 s).
+    service.begin_long_request(4000)
     service.run("systemctl restart --no-block docker.service")
     ask = f"curl -s -D /tmp/head -o /tmp/refusal -w '%{{http_code}}' -m 5 {HEADERS} http://127.0.0.1:8000/v1/models"
     await_true(lambda: service.run(ask, good=(0, 28)) == "503", "a refusal", service.story)
