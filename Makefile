@@ -59,7 +59,7 @@ demo-negative: $(VENV)/.controller ## The same with a model that cannot retrieve
 	@$(BIN)/python -m sim.demo --host spark-negative --model sim/no-needle --expect-failure
 
 .PHONY: verify-long
-verify-long: $(VENV)/.controller ## The whole verification of the demo's Spark up to 30,000 tokens, with a heat map: 10 to 20 minutes
+verify-long: $(VENV)/.controller ## The whole verification of the demo's Spark up to 30,000 tokens, with a heat map: 15 to 30 minutes
 	$(BIN)/ansible-playbook -i inventories/sim -l spark-sim playbooks/bench.yml -e verify_suite=grid \
 	  -e '{"verify_needle_tokens": 30000, "verify_lengths": [8000, 16000, 30000]}'
 
