@@ -13,7 +13,7 @@ def table(result: dict[str, Any]) -> list[str]:
     for stage in result["stages"]:
         word = "passed" if stage["passed"] else "FAILED"
         lines.append(f"| {stage['stage']} | {word} | {stage['seconds']:.0f} | {stage['load']:.1f} |")
-    limit = f"the limit of a whole run is {result['limit_s']} s"
+    limit = f"the limit of a whole run after its build is {result['limit_s']} s"
     return [*lines, f"| in all; {limit} | {'passed' if result['passed'] else 'FAILED'} | {result['seconds']:.0f} | |"]
 
 
