@@ -53,7 +53,7 @@ class TestTheRole:
     def test_a_run_that_passed_is_in_the_host_s_line(self, tmp_path: Path) -> None:
         with doubles.serving(doubles.Honest) as server:
             status, line = play(tmp_path, server.url)
-        assert status == 0
+        assert status == 0, line
         assert "verification passed; " in line
 
     def test_a_run_that_could_not_be_made_is_a_failed_run_with_evidence(self, tmp_path: Path) -> None:
