@@ -153,6 +153,12 @@ docker_data = "{self.folder}/docker"
         text = (self.folder / "run" / "watchdog.prom").read_text()
         return int(text.partition(f"\nreap_watchdog_{name} ")[2].split()[0])
 
+    def await_guarding(self, phase: str) -> None:
+        """Wait until the loop has read MemAvailable in this phase; watchdog.json is written before it begins, too."""
+        await_true(lambda: self.state().get("phase") == phase, "the phase in watchdog.json")
+        prom = self.folder / "run" / "watchdog.prom"
+        await_true(lambda: prom.exists() and self.metric("readings_total") > 0, "the first reading")
+
     def state(self) -> dict[str, Any]:
         try:
             loaded: dict[str, Any] = json.loads(self.state_file.read_text())
@@ -181,7 +187,7 @@ def serving(host: Host, phase: str = "serving") -> subprocess.Popen[bytes]:
     process = host.container()
     host.serve(phase, process)
     host.start()
-    await_true(lambda: host.state().get("phase") == phase, "the phase in watchdog.json")
+    host.await_guarding(phase)
     return process
 
 
@@ -242,7 +248,7 @@ def test_a_slow_crossing_asks_the_supervisor_and_kills_when_it_does_not_help(hos
     host.set_memory(FLOOR + 5_000)
     host.serve("serving", process, supervisor.pid)
     host.start()
-    await_true(lambda: host.state().get("phase") == "serving", "the phase")
+    host.await_guarding("serving")
     host.set_memory(FLOOR - 5_000)
     assert supervisor.stdout.readline() == b"asked\n"
     assert process.poll() is None
@@ -255,7 +261,7 @@ def test_without_a_supervisor_a_slow_crossing_is_a_kill(host: Host) -> None:
     host.set_memory(FLOOR + 5_000)
     host.serve("serving", process)
     host.start()
-    await_true(lambda: host.state().get("phase") == "serving", "the phase")
+    host.await_guarding("serving")
     host.set_memory(FLOOR - 5_000)
     host.await_killed(process)
     await_true(lambda: host.events("kill"), "the kill in the events file")
