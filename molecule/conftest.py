@@ -18,6 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
     inventory = Path.cwd() / "inventory" / "hosts.yml"
     if config.option.hosts is None and inventory.exists():
         hosts = yaml.safe_load(inventory.read_text())["sparks"]["hosts"]
-        config.option.hosts = ",".join(f"ssh://{name}" for name in hosts)
+        # A machine that computes for a model answers late.
+        config.option.hosts = ",".join(f"ssh://{name}?timeout=120" for name in hosts)
         config.option.ssh_config = str(REPOSITORY / ".cache" / "sim" / "ssh_config")
         config.option.sudo = True

@@ -205,6 +205,10 @@ def ensure() -> Engine:
     return engine
 
 
+# apt checks signatures as a user of its own, which on some machines may not write to /tmp.
+APT_GET = ("env", "DEBIAN_FRONTEND=noninteractive", "TMPDIR=/var/tmp", "apt-get")
+
+
 def install_packages(packages: Sequence[str], why: str) -> None:
     """Installs distribution packages that are missing; their services do not start, neither now nor at a boot."""
     query = run(["dpkg-query", "--show", "--showformat=${Package} ${db:Status-Status}\n", *packages], check=False)
@@ -223,7 +227,7 @@ def install_packages(packages: Sequence[str], why: str) -> None:
         if guard:
             run(as_root(["install", "-m", "0755", "/dev/stdin", policy]), input_text="#!/bin/sh\nexit 101\n")
         try:
-            quiet = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", "-o", "DPkg::Lock::Timeout=300"]
+            quiet = [*APT_GET, "-qq", "-o", "DPkg::Lock::Timeout=300"]
             install = [*quiet, "install", "--yes", "--no-install-recommends", *missing]
             if run(as_root(install), check=False).returncode:
                 run(as_root([*quiet, "update"]))

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from sim.common import CACHE, KIND, LABEL, REPOSITORY, SimError, as_root, lock, need_space, prefix, run, stamp, step
-from sim.engine import Engine, docker_packages, install_packages, machine_stamp
+from sim.engine import APT_GET, Engine, docker_packages, install_packages, machine_stamp
 
 HERE = REPOSITORY / "sim"
 
@@ -55,7 +55,7 @@ def machine_sources() -> tuple[str, str]:
     query = ["apt-get", "indextargets", "--format", fields, "Created-By: Packages"]
     sources = distribution_sources(run(query, check=False).stdout)
     if not sources:
-        run(as_root(["apt-get", "-qq", "update"]))
+        run(as_root([*APT_GET, "-qq", "update"]))
         sources = distribution_sources(run(query).stdout)
     if not codename or not sources:
         raise SimError("`apt-get indextargets` names no Debian or Ubuntu sources: use Debian 12+ or Ubuntu 24.04+")

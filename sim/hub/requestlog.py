@@ -102,9 +102,13 @@ class RequestLog:
             ended = (entry for entry in self._entries if id(entry) not in self._running)
             return "".join(json.dumps(asdict(entry)) + "\n" for entry in ended)
 
-    def clear(self) -> None:
-        """Forget the entries of ended requests in memory."""
+    def clear(self, wait_s: float = 60.0) -> None:
+        """Forget the entries of ended requests in memory, once no request is running or after `wait_s` seconds.
+
+        A client has its answer a moment before its request ends here.
+        """
         with self._changed:
+            self._changed.wait_for(lambda: not self._running, timeout=wait_s)
             self._entries = deque(self._running.values(), maxlen=_KEPT)
 
 

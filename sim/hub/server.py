@@ -382,7 +382,7 @@ class _Handler(BaseHTTPRequestHandler):
             text = self.server.log.lines(float(query.get("wait_s", "2"))).encode()
             self._send(200, {"Content-Type": "application/jsonl"}, io.BytesIO(text), _Part(0, len(text), False))
         elif path == "/_control/log" and self.command == "DELETE":
-            self.server.log.clear()
+            self.server.log.clear(float(query.get("wait_s", "2")))
             self._send_json(200, {})
         else:
             raise Failure(404, None, "control routes: GET or POST /_control, GET or DELETE /_control/log")

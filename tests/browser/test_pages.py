@@ -86,7 +86,7 @@ def look(artifacts: Path, folder: Path, *, dark: bool) -> tuple[dict[str, Any], 
         "--dump-dom", holder.as_uri(),
     ]  # fmt: skip
     environment = {**os.environ, "HOME": str(folder)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     title = re.search(r"<title>(\{.*?\})</title>", done.stdout, re.DOTALL)
     assert title, done.stdout[:500] + done.stderr[-1000:]

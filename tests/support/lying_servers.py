@@ -44,19 +44,23 @@ def tokens_of(messages: list[dict[str, Any]]) -> int:
 
 
 def unread(client: tuple[str, int]) -> int:
-    """Bytes that lie in the receive queue of a client's socket on this machine; 0 when it has gone.
+    """Bytes on their way to a client on this machine or in its socket's receive queue; 0 when it has gone.
 
     The kernel's table of sockets gives addresses as the bytes of memory and ports in network order, both in
     hexadecimal, and the queues as tx:rx (Documentation/networking/proc_net_tcp.rst).
     """
     host = socket.inet_aton(client[0])[::-1].hex().upper()
-    local = f"{host}:{client[1]:04X}"
+    address = f"{host}:{client[1]:04X}"
+    count = 0
     with Path("/proc/net/tcp").open(encoding="ascii") as table:
         for row in table:
-            fields = row.split()
-            if fields[1] == local:
-                return int(fields[4].partition(":")[2], 16)
-    return 0
+            _, local, remote, _, queues, *_ = row.split()
+            sending, receiving = queues.partition(":")[::2]
+            if local == address:
+                count += int(receiving, 16)
+            elif remote == address:
+                count += int(sending, 16)
+    return count
 
 
 class Honest(BaseHTTPRequestHandler):

@@ -51,7 +51,7 @@ class Service:
         return self.run(f"systemctl show -p {name} --value reap.service").strip()
 
     def answers(self) -> bool:
-        done = self._host.run(f"curl -sf -m 60 {HEADERS} -d '{REQUEST}' {URL}")
+        done = self._host.run(f"curl -sf -m 300 {HEADERS} -d '{REQUEST}' {URL}")
         return done.rc == 0 and json.loads(done.stdout)["usage"]["completion_tokens"] > 0
 
     def await_serving(self, not_container: str | None = None) -> None:

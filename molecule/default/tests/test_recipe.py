@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SCENARIO = Path(__file__).resolve().parents[1]
 HOST = "reap-default"
 REQUEST = json.dumps({"model": "Needle-Sim", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64})
-ASK = f"curl -sS -m 60 http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{REQUEST}'"
+ASK = f"curl -sS -m 300 http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{REQUEST}'"
 
 
 def command(name: str, *extra: str) -> tuple[list[str], dict[str, str]]:
@@ -227,7 +227,7 @@ def test_a_hub_that_goes_down_in_the_middle_is_named_and_the_model_is_served_on(
             try:
                 await_true("a part of the model", lambda: run.poll() is not None or host.run(begun).rc == 0)
                 with service_down("hub"):
-                    said, _ = run.communicate(timeout=300)
+                    said, _ = run.communicate(timeout=600)
             finally:
                 run.kill()
             refused(subprocess.CompletedProcess(words, run.returncode, said, ""), "http://127.0.0.1:5080 has not sent")

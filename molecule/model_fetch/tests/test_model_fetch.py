@@ -73,9 +73,9 @@ def test_the_downloader_is_the_pinned_one(host: Host) -> None:
 LOOK = """
 import json, os, select, sys
 token = sys.stdin.buffer.readline().strip()
-looks, found = 0, set()
+print("looking", flush=True)
+found = set()
 while not select.select([sys.stdin], [], [], 0.01)[0]:
-    looks += 1
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             command = open("/proc/%s/cmdline" % pid, "rb").read()
@@ -86,7 +86,7 @@ while not select.select([sys.stdin], [], [], 0.01)[0]:
         words = command.replace(b"\\0", b" ").decode(errors="replace")[:200]
         if token in command: found.add(("command line", words, owner))
         if token in environ: found.add(("environment", words, owner))
-print(json.dumps({"looks": looks, "found": sorted(found)}))
+print(json.dumps(sorted(found)))
 """
 
 
@@ -125,19 +125,19 @@ def test_while_it_is_used_the_token_is_in_the_downloads_environment_only(host: H
         assert watcher.stdin is not None
         watcher.stdin.write(TOKEN + "\n")
         watcher.stdin.flush()
+        assert watcher.stdout is not None
+        assert watcher.stdout.readline() == "looking\n"
     # Only whoever has the token gets a file, and not at once.
-    with faults(access={REPO: {"kind": "gated", "token_sha256": [digest]}}, total_bytes_per_s=2_000_000):
+    with faults(access={REPO: {"kind": "gated", "token_sha256": [digest]}}, total_bytes_per_s=1_000_000):
         rc, out = play("-vvv")
-    on_host, here = (json.loads(watcher.communicate("\n", timeout=60)[0]) for watcher in watchers)
+    on_host, here = (json.loads(watcher.communicate("\n", timeout=600)[0]) for watcher in watchers)
     assert rc == 0, out
     assert TOKEN not in out
     # This machine sees the simulated host's processes too, with their environments.
-    assert [found for found in here["found"] if found[0] == "command line"] == []
-    assert here["looks"] > 20
-    assert on_host["looks"] > 20
+    assert [found for found in here if found[0] == "command line"] == []
     # Root's, and only the fetch and its own children: it did look at the right ones.
-    assert {(where, owner) for where, _, owner in on_host["found"]} == {("environment", 0)}
-    commands = {words.split(" --")[0].strip() for _, words, _ in on_host["found"]}
+    assert {(where, owner) for where, _, owner in on_host} == {("environment", 0)}
+    commands = {words.split(" --")[0].strip() for _, words, _ in on_host}
     assert any("reap.fetch.worker" in words for words in commands), commands
     assert all("reap.fetch.worker" in words or "/opt/reap/bin/reap fetch" in words for words in commands), commands
 
@@ -197,12 +197,12 @@ def test_a_disk_that_fills_up_while_a_shard_is_written_is_named_and_then_continu
     unit = "fetch-full"
     command = ["/opt/reap/bin/reap", "fetch", f"--repo={REPO}", f"--revision={REVISION}", f"--dest={dest}"]
     command += ["--downloader=/opt/reap/downloader/bin/python", f"--endpoint={HUB}", "--patience=3"]
-    with faults(total_bytes_per_s=1_000_000):
+    with faults(total_bytes_per_s=200_000):
         host.check_output(f"systemd-run --quiet --unit={unit} --property=RemainAfterExit=yes {shlex.join(command)}")
         await_bytes(host, dest, 2_000_000, unit)
         assert host.run(f"dd if=/dev/zero of={small}/other bs=64k").rc != 0
         gone = f"until systemctl is-failed --quiet {unit}; do sleep 0.1; done"
-        host.check_output(f"timeout 60 sh -c {shlex.quote(gone)}")
+        host.check_output(f"timeout 300 sh -c {shlex.quote(gone)}")
     said = host.check_output(f"journalctl --no-pager --unit={unit}; systemctl reset-failed {unit}")
     assert re.search(r"\.partial/\.reap/incoming/\S+: No space left on device; free space there", said), said
     assert not host.file(dest).exists
@@ -289,7 +289,7 @@ def await_bytes(host: Host, dest: str, at_least: int, unit: str) -> None:
     """
     script = f"""
 import os, subprocess, sys, time
-end = time.monotonic() + 120
+end = time.monotonic() + 600
 while time.monotonic() < end:
     total = 0
     for root, _, names in os.walk({dest + ".partial"!r}):
@@ -330,10 +330,10 @@ def test_twenty_kills_of_the_client_the_hub_and_the_host(host: Host) -> None:
 
     chance = random.Random(11)
     # A connection to the host takes a moment, in which the download goes on: no two marks close together.
-    marks = [int(total * 0.85 * (number + chance.random()) / KILLS) for number in range(KILLS)]
+    marks = [int(total * 0.8 * (number + chance.random()) / KILLS) for number in range(KILLS)]
     killed = Counter[str]()
     times: list[float] = []
-    with faults(total_bytes_per_s=5_000_000):
+    with faults(total_bytes_per_s=2_000_000):
         unit = start()
         for number, mark in enumerate(marks):
             await_bytes(host, dest, mark, unit)
@@ -349,7 +349,7 @@ def test_twenty_kills_of_the_client_the_hub_and_the_host(host: Host) -> None:
             else:
                 hosts.reboot(name, hard=True)
                 unit = start()
-        host.check_output(f"timeout 120 sh -c 'until [ -e {dest} ]; do sleep 0.1; done'")
+        host.check_output(f"timeout 300 sh -c 'until [ -e {dest} ]; do sleep 0.1; done'")
     assert killed == {"client": 7, "hub": 7, "host": 6}
     found = {entry["name"]: entry["sha256"] for entry in manifest(host, dest)["files"]}
     there = {

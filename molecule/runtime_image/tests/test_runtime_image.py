@@ -154,7 +154,7 @@ def test_an_archive_from_a_url_goes_on_where_it_broke_off(host: Host, tiny: dict
     )
     try:
         look = "import urllib.request as u; u.urlopen('http://127.0.0.1:8791/')"
-        host.check_output(f"timeout 30 sh -c 'until python3 -c \"$0\" 2>/dev/null; do :; done' {shlex.quote(look)}")
+        host.check_output(f"timeout 300 sh -c 'until python3 -c \"$0\" 2>/dev/null; do :; done' {shlex.quote(look)}")
         rc, said = ensure(
             host,
             repository="127.0.0.1:9/tiny",
@@ -294,7 +294,7 @@ def guarded(host: Host, tiny: dict[str, str]) -> Iterator[dict[str, Any]]:
     for name, text in (("open", REGISTRY), ("login", REGISTRY + realm)):
         host.check_output(f"printf %s {shlex.quote(text)} > /tmp/login/{name}.yml")
     run = "systemd-run -q --collect --unit=login-registry /tmp/login/usr/bin/docker-registry serve"
-    up = f"timeout 30 sh -c 'until curl -s -o /dev/null http://{LOGIN}/v2/; do :; done'"
+    up = f"timeout 300 sh -c 'until curl -s -o /dev/null http://{LOGIN}/v2/; do :; done'"
     try:
         host.check_output(f"{run} /tmp/login/open.yml && {up}")
         host.check_output(f"docker load -i /tmp/tiny.tar && docker tag tiny:one {LOGIN}/tiny:one")

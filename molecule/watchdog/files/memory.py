@@ -36,11 +36,14 @@ def wanted(now_phase: str, seconds: float) -> tuple[float, float]:
 
 file = os.open("/srv/meminfo", os.O_WRONLY | os.O_CREAT)
 gib, before, since = FREE, "", time.monotonic()
+last = since
 while True:
-    current = phase()
+    now, current = time.monotonic(), phase()
     if current != before:
-        before, since = current, time.monotonic()
-    goal, speed = wanted(current, time.monotonic() - since)
-    gib = min(goal, gib + speed * TICK_S) if goal > gib else max(goal, gib - speed * TICK_S)
+        before, since = current, now
+    goal, speed = wanted(current, now - since)
+    step = speed * (now - last)
+    last = now
+    gib = min(goal, gib + step) if goal > gib else max(goal, gib - step)
     os.pwrite(file, b"MemTotal: %15d kB\nMemAvailable: %15d kB\n" % (121 * GIB, int(gib * GIB)), 0)
     time.sleep(TICK_S)

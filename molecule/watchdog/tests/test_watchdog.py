@@ -17,7 +17,7 @@ import pytest
 from testinfra.host import Host
 
 FILES = Path(__file__).parents[1] / "files"
-AWAIT_S = 60.0
+AWAIT_S = 300.0
 HOG_MOST_MIB = 1536
 EVENTS = "/var/lib/reap/watchdog/events.jsonl"
 # An image of nothing but links into the host's /usr: nothing has to be pulled for a process in a container.
@@ -173,8 +173,8 @@ def test_a_hog_that_crosses_the_floor_is_killed_and_the_evidence_says_how(spark:
     bundle = f"/var/lib/reap/evidence/watchdog/{kill['evidence']}/bundle.json"
     await_true(lambda: spark.run(f"ls {bundle}", good=(0, 2)), "the evidence bundle")
     saved = json.loads(spark.run(f"cat {bundle}"))
-    assert len(saved["series"]) > 50
-    assert min(kb for _, kb in saved["series"]) < floor
+    assert len(saved["series"]) > 5
+    assert min(kb for _, kb in saved["series"]) < floor < max(kb for _, kb in saved["series"])
     assert saved["container_state"]["ExitCode"] in (0, 137)
     assert "reap_watchdog_kills_total 1\n" in spark.run("cat /run/reap/watchdog.prom")
 

@@ -92,6 +92,9 @@ class Service:
         return self.run("systemctl status reap reap-watchdog load --no-pager -l -n 15", (0, 3))
 
     def no_stop_was_decided_and_the_teardown_went_below_the_floor(self) -> None:
+        await_true(
+            lambda: any(e["phase"] == "absent" for e in self.events("phase")), "the end of the phase", self.story
+        )
         assert self.events("kill", "shed", "kill_failed") == []
         (ended,) = (event for event in self.events("phase") if event["phase"] == "absent")
         assert ended["reason"].startswith("phase stopping -> absent")

@@ -73,7 +73,8 @@ def test_a_second_run_reads_and_fetches_nothing(site: Site) -> None:
 )
 def test_what_passes_heals(site: Site, fault: dict[str, Any]) -> None:
     site.faults(on(**fault))
-    site.fetch()
+    # Two of these are a connection that stands still.
+    site.fetch(settings={"stall_s": 1.5})
     assert site.is_whole()
 
 
@@ -127,7 +128,7 @@ def test_a_pause_that_the_hub_asks_for_is_no_stall(site: Site) -> None:
 def test_what_does_not_pass_is_named(site: Site, rules: list[dict[str, Any]], words: str) -> None:
     site.faults(*rules)
     with pytest.raises(ReapError, match=words) as caught:
-        site.fetch(settings={"patience_s": 5.0})
+        site.fetch()
     assert "\n" not in str(caught.value)
     assert not site.dest.exists()
 
@@ -137,7 +138,7 @@ def test_a_downloader_that_is_slow_to_start_is_no_stalled_connection(site: Site,
     slow = tmp_path / "python"
     slow.write_text(f'#!/bin/sh\nsleep 3\nexec {site.python} "$@"\n')
     slow.chmod(0o755)
-    site.fetch(settings={"python": str(slow), "stall_s": 1.5, "patience_s": 10.0})
+    site.fetch(settings={"python": str(slow), "stall_s": 1.5})
     assert site.is_whole()
 
 
@@ -192,7 +193,7 @@ def test_a_storage_host_gets_the_bytes_asked_for_and_no_token(site: Site, serve:
     site.faults({"path": "*.safetensors", "redirect": storage.url})
     site.fetch(settings={"token": TOKEN})
     assert site.is_whole()
-    elsewhere = [json.loads(line) for line in storage.log.lines(1).splitlines()]
+    elsewhere = [json.loads(line) for line in storage.log.lines(60).splitlines()]
     assert len(elsewhere) == 3
     assert not any(line["authorized"] for line in elsewhere)
     assert all(line["authorized"] for line in site.got())
@@ -314,7 +315,7 @@ def test_two_runs_at_once_fetch_once(site: Site) -> None:
         subprocess.Popen(site.command(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
         for _ in range(2)
     ]
-    results = [process.communicate(timeout=60) for process in both]
+    results = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], results
     changed = sorted(json.loads(out.splitlines()[-1])["changed"] for out, _ in results)
     assert changed == [False, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -25,7 +26,7 @@ from .test_download import environment
 ROOT = Path(__file__).parents[3]
 FILES = 40
 FILE_BYTES = 4 << 20
-RATE = 25_000_000  # bytes a second of the hub, so that there is time to be killed in
+RATE = 12_000_000  # bytes a second of the hub, so that there is time to be killed in
 KILLS = 20
 
 
@@ -94,12 +95,12 @@ def test_twenty_kills(tmp_path: Path, python: str) -> None:
     assert found is not None
     dest = tmp_path / "models" / REPO / found.commit
     source_of_chance = random.Random(7)
-    marks = sorted(source_of_chance.randrange(total // 50, total * 9 // 10) for _ in range(KILLS))
+    marks = sorted(source_of_chance.randrange(total // 50, total * 6 // 10) for _ in range(KILLS))
 
     with hub_process(tmp_path / "hub", log, faults) as hub:
         command = [
             sys.executable, "-m", "reap", "fetch", f"--repo={REPO}", f"--revision={found.commit}", f"--dest={dest}",
-            f"--downloader={python}", f"--endpoint={hub.url}", "--stall-timeout=5", "--patience=60", "--workers=2",
+            f"--downloader={python}", f"--endpoint={hub.url}", "--stall-timeout=30", "--patience=300", "--workers=2",
         ]  # fmt: skip
 
         def start() -> subprocess.Popen[bytes]:
@@ -109,7 +110,7 @@ def test_twenty_kills(tmp_path: Path, python: str) -> None:
         kills = 0
         times: list[float] = []
         for number, mark in enumerate(marks):
-            limit = time.monotonic() + 60
+            limit = time.monotonic() + 300
             while on_disk(dest) < mark and client.poll() is None:
                 assert time.monotonic() < limit, f"no progress after kill {number}"
                 time.sleep(0.01)
@@ -125,10 +126,12 @@ def test_twenty_kills(tmp_path: Path, python: str) -> None:
             # The client alone (its children have to notice), or all of its processes at once, as in a power cut.
             victims = [client.pid] if number % 3 == 0 else descendants(client.pid)
             for pid in victims:
-                os.kill(pid, signal.SIGKILL)
+                # The first's end may have ended the others.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             client.wait()
             client = start()
-        assert client.wait(timeout=120) == 0
+        assert client.wait(timeout=600) == 0
         assert kills == KILLS
 
     copied = contents(dest)

@@ -69,7 +69,7 @@ class Play:
 
     def run(self, *more: str, **changes: Any) -> tuple[int, str]:
         process = self.start(*more, **changes)
-        out, _ = process.communicate(timeout=90)
+        out, _ = process.communicate(timeout=300)
         return process.returncode, out
 
     def two_hosts(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Play:
         (self.folder / "go").touch()
 
     def await_start(self, count: int = 1) -> None:
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + 300
         while len(self.starts()) < count:
             assert time.monotonic() < limit, "the command did not start"
             time.sleep(0.05)
@@ -142,15 +142,16 @@ def test_a_killed_playbook_leaves_the_command_and_the_next_one_attaches(play: Pl
     assert Path(f"/proc/{pid}").exists()
     second = play.start()
 
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 300
     assert second.stdout is not None
     seen = []
     while not any("94.0 GB" in line for line in seen):
         assert time.monotonic() < limit, "".join(seen)
         seen.append(second.stdout.readline())
+        assert seen[-1], "it ended: " + "".join(seen)
     assert re.search(r"\[one\] demo: \d+ % .* of 94\.0 GB, 110\.0 MB/s, 9 min left, from hub \(model-7\)", seen[-1])
     play.go()
-    out, _ = second.communicate(timeout=60)
+    out, _ = second.communicate(timeout=300)
     assert second.returncode == 0, out
     assert len(play.starts()) == 1
     assert play.result()["attached"] is True
@@ -163,7 +164,7 @@ def test_another_command_under_the_same_name_is_refused(play: Play) -> None:
     assert rc != 0
     assert "already running with another command" in out
     play.go()
-    assert first.wait(timeout=60) == 0
+    assert first.wait(timeout=300) == 0
     first.communicate()
 
 
@@ -188,14 +189,14 @@ def test_every_update_is_a_json_line_for_programs(play: Play, monkeypatch: pytes
     monkeypatch.setenv("REAP_PROGRESS_JSON", str(file))
     # The lines for people are another matter.
     process = play.start(form="off", **play.two_hosts())
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 300
     lines: list[dict[str, Any]] = []
-    while {line["host"] for line in lines} != {"one", "two"}:
+    while {line["host"] for line in lines if line["progress"]} != {"one", "two"}:
         assert time.monotonic() < limit, lines
         time.sleep(0.2)
         lines = [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
     play.go()
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     assert {line["step"] for line in lines} == {"demo-one", "demo-two"}
     told = [line["progress"] for line in lines if line["progress"]]
@@ -211,15 +212,15 @@ def test_a_command_whose_host_died_is_started_again(play: Play) -> None:
     os.killpg(runner, signal.SIGKILL)
     play.await_start(2)
     play.go()
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     assert len(play.starts()) == 2
 
 
 def test_a_time_limit_ends_the_command(play: Play) -> None:
-    rc, out = play.run(timeout=8)
+    rc, out = play.run(timeout=20)
     assert rc != 0
-    assert "took longer than 8 s" in out
+    assert "took longer than 20 s" in out
     pid = play.starts()[0].split()[0]
     assert not Path(f"/proc/{pid}").exists()
 
@@ -262,12 +263,12 @@ def test_a_terminal_has_one_line_per_host_drawn_in_place(play: Play) -> None:
     play.await_start(2)
     assert process.stdout is not None
     text = ""
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 300
     while not ("\x1b[2A" in text and "[two]" in text):
         assert time.monotonic() < limit, text
         text += os.read(process.stdout.fileno(), 4096).decode()
     play.go()
-    text += process.communicate(timeout=60)[0]
+    text += process.communicate(timeout=300)[0]
     assert process.returncode == 0, text
     rows = re.findall(r"\x1b\[2K\[(one|two)\] demo-\1: ", text)
     assert rows.count("one") >= 1
@@ -345,15 +346,16 @@ def test_both_of_two_steps_are_seen_while_one_is_waited_for(play: Play, tmp_path
     play.await_start()
     assert process.stdout is not None
     lines: list[str] = []
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 300
     try:
         while not (any("[one] beside: " in line for line in lines) and any("[one] demo: " in line for line in lines)):
             assert time.monotonic() < limit, "".join(lines)
             lines.append(process.stdout.readline())
+            assert lines[-1], "it ended: " + "".join(lines)
     finally:
         beside.go()
         play.go()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
     process.communicate()
     assert "others" not in play.result()
 

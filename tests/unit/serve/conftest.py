@@ -181,6 +181,15 @@ class Bench:
     def container_pid(self) -> int:
         return int(json.loads((self.engine / "container.json").read_text())["State"]["Pid"])
 
+    def started(self) -> list[int]:
+        """The process of each container that was started."""
+        return [int(line) for line in (self.engine / "started").read_text().splitlines()]
+
+    def answered(self) -> int:
+        """How many requests for tokens the double answered."""
+        path = self.engine / "answered"
+        return len(path.read_text()) if path.exists() else 0
+
     def close(self) -> None:
         for process in self.processes:
             if process.poll() is None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -45,10 +46,10 @@ def test_a_server_that_is_healthy_and_does_not_answer_is_never_ready(bench: Benc
 def test_a_load_that_takes_too_long_ends_with_its_last_line(bench: Bench) -> None:
     bench.image("good", never_ready=True, log=["(EngineCore pid=7) INFO Using backend CPU"])
     # Long enough for a busy machine to have started the double.
-    bench.configure(timings={"start_timeout_s": 8})
+    bench.configure(timings={"start_timeout_s": 20})
     process = bench.start()
     assert end(process) == FAILED
-    assert "no answer within 8 s" in bench.state()["detail"]
+    assert "no answer within 20 s" in bench.state()["detail"]
     assert "Using backend CPU" in bench.state()["detail"]
     assert not (bench.engine / "container.json").exists()
 
@@ -61,7 +62,7 @@ def test_the_progress_of_a_load_is_published(bench: Bench) -> None:
         lambda: (p := bench.run_dir / "progress/model_load.json").exists() and json.loads(p.read_text()), "file"
     )
     assert step["state"] == "running"
-    assert any(line.startswith("EXTEND_TIMEOUT_USEC=") for line in bench.heard())
+    until(lambda: any(line.startswith("EXTEND_TIMEOUT_USEC=") for line in bench.heard()), "the word to systemd")
     process.terminate()
     assert end(process) == STOPPED
     assert bench.state()["phase"] == "absent"
@@ -119,14 +120,15 @@ def test_a_shed_by_the_watchdog_is_a_failure_and_gives_no_time(bench: Bench) -> 
 
 def test_a_stop_by_a_person_during_a_shed_is_a_stop(bench: Bench) -> None:
     bench.image("good", stubborn=True)
-    # Time to send the second signal in.
-    bench.configure(timings={"grace_s": 5})
+    # Time to send the second signal in; the test ends it.
+    bench.configure(timings={"grace_s": 600})
     process = bench.start()
     bench.await_phase("serving")
     bench.tell("run/watchdog.json", json.dumps(SHED))
     process.terminate()
     bench.await_phase("stopping")
     process.terminate()
+    os.kill(bench.container_pid(), signal.SIGKILL)
     assert end(process) == STOPPED
 
 
@@ -172,7 +174,7 @@ def test_a_model_that_ignores_the_stop_is_killed_after_the_grace(bench: Bench) -
 
 def test_running_requests_get_their_time_and_no_more(bench: Bench) -> None:
     bench.image("good", busy=True)
-    bench.configure(timings={"drain_s": 1})
+    bench.configure(timings={"drain_s": 8})
     process = bench.start()
     bench.await_phase("serving")
     process.terminate()
@@ -200,8 +202,8 @@ def test_a_wedged_engine_is_found(bench: Bench) -> None:
     bench.image("good", wedged=True)
     bench.configure(timings={"stall_s": 1})
     process = bench.start()
-    bench.await_phase("serving")
-    pid = bench.container_pid()
+    # Serving may last for less than a look takes.
+    until(lambda: "READY=1" in bench.heard(), bench.log)
     assert end(process) == FAILED
     assert "wedged: a request waits and nothing moved" in bench.state()["detail"]
     kept = newest(bench.folder / "evidence")
@@ -210,7 +212,7 @@ def test_a_wedged_engine_is_found(bench: Bench) -> None:
     bundle = json.loads(Path(kept["path"]).read_text())
     assert {sample["running"] for sample in bundle["samples"]} == {1}
     assert any(line.startswith("vllm:num_requests_running") for line in bundle["metrics"])
-    assert bundle["container_state"]["Pid"] == pid
+    assert bundle["container_state"]["Pid"] == bench.started()[-1]
 
 
 def test_an_engine_that_stopped_while_idle_is_found(bench: Bench) -> None:
@@ -218,18 +220,19 @@ def test_an_engine_that_stopped_while_idle_is_found(bench: Bench) -> None:
     bench.image("good", deaf=True)
     bench.configure(timings={"stall_s": 1})
     process = bench.start()
-    bench.await_phase("serving")
+    until(lambda: "READY=1" in bench.heard(), bench.log)
     assert end(process) == FAILED
     assert "wedged: a request waits and nothing moved" in bench.state()["detail"]
 
 
 def test_an_idle_engine_that_answers_is_left_alone(bench: Bench) -> None:
-    # An answer of the double may take a busy machine more than a second.
-    bench.configure(timings={"stall_s": 3})
+    # An answer of the double may take a busy machine seconds.
+    bench.configure(timings={"stall_s": 5})
     process = bench.start()
     bench.await_phase("serving")
-    with pytest.raises(AssertionError, match="not within"):
-        until(lambda: process.poll() is not None, bench.log, 8)
+    before = bench.answered()
+    until(lambda: bench.answered() >= before + 2, bench.log)
+    assert process.poll() is None
     process.terminate()
     assert end(process) == STOPPED
 
@@ -515,7 +518,10 @@ def test_without_a_watchdog_no_load_begins(bench: Bench, found: str) -> None:
         gone.kill()
         gone.wait()
     elif found != "none ever ran":
-        bench.tell("run/watchdog.json", json.dumps({"boot_id": boot_id(), "pid": os.getppid()}))
+        # A number that another process has now: it is not the watchdog's.
+        other = subprocess.Popen(["sleep", "600"], text=True)
+        bench.processes.append(other)
+        bench.tell("run/watchdog.json", json.dumps({"boot_id": boot_id(), "pid": other.pid}))
     assert end(bench.start()) == FAILED
     assert "no memory watchdog guards this host" in bench.state()["detail"]
     assert "systemctl start reap-watchdog.service" in bench.state()["detail"]

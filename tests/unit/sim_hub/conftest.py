@@ -36,7 +36,7 @@ class Client:
         self.port = int(hub.server_address[1])
 
     def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
             connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
             response = connection.getresponse()
@@ -55,7 +55,7 @@ class Client:
         assert answer.status == 200, answer.body
 
     def log(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.get("/_control/log").body.splitlines()]
+        return [json.loads(line) for line in self.get("/_control/log?wait_s=60").body.splitlines()]
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def test_busy_for_the_next_two_requests_after_one(client: Client) -> None:
 
 def test_stalled_connection_stays_open_and_sends_no_more(client: Client) -> None:
     client.play({"path": ANY_SHARD, "stall_after": 500})
-    with socket.create_connection(("127.0.0.1", client.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", client.port), timeout=120) as connection:
         connection.sendall(f"GET {SHARD_URL} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         received = b""
         while len(received.partition(b"\r\n\r\n")[2]) < 500:
@@ -144,8 +144,11 @@ def test_a_limited_rate_delays_but_harms_nothing(client: Client, faults: dict[st
 
 def test_a_total_limit_is_shared() -> None:
     limit = RateLimit(1000)
-    first, second = limit.reserve(500), limit.reserve(500)
-    assert second >= first + 0.49
+    began = time.monotonic()
+    limit.reserve(500)
+    second = limit.reserve(500)
+    # Both may go when 1000 bytes at 1000 a second may, however long ago the first was asked for.
+    assert time.monotonic() - began + second >= 0.99
 
 
 def test_delay(client: Client) -> None:

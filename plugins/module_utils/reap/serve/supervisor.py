@@ -563,7 +563,7 @@ class Supervisor:
             return f"the memory watchdog stopped the model: {killed}"
         doing = "serving" if self._state["phase"] == "serving" else self._load.text()
         # The reader may be a moment behind the client's end.
-        end = time.monotonic() + 1
+        end = time.monotonic() + 10
         while self._reader and self._reader.is_alive() and time.monotonic() < end:
             self._reader.join(0.1)
         told = self._load.error or (self._tail[-1] if self._tail else "nothing logged")

@@ -13,7 +13,7 @@ from .config import ServiceConfig
 from .state import alive, read_json, write_text
 
 UNIT = "reap-watchdog.service"
-_SEEN_S = 10.0
+_SEEN_S = 30.0
 
 
 def state_of(run_dir: Path) -> dict[str, Any]:

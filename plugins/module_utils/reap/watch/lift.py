@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import ReapError
 from .state import read_boot_id, read_json
 
-_SEEN_S = 10.0
+_SEEN_S = 30.0
 
 
 def lift(state_path: Path) -> None:

@@ -258,10 +258,9 @@ class Policy:
             self._take_phase(phase, target)
         if available_kb is None:
             return self._step_blind(now)
-        recovered_sight = self._blind_said
         if self._blind_since is not None:
             self._restart_fall()
-            self._blind_since, self._blind_said, self.blind_s = None, False, 0.0
+            self._blind_since, self.blind_s = None, 0.0
         self._measure(now, available_kb)
         if target is None or phase is Phase.ABSENT:
             self._take_baseline(available_kb)
@@ -276,7 +275,9 @@ class Policy:
         if stalled > 0.0:
             self.reason = f"no reading for {stalled:.1f} s (paused or stopped); the fall is measured anew"
             return Action.STALL
-        if recovered_sight:
+        if self._blind_said:
+            # Said even where something else had to be said first.
+            self._blind_said = False
             self.reason = f"MemAvailable can be read again: {_size(available_kb)}"
             return Action.SEEING
         action = self._follow_return(now, available_kb)

@@ -49,6 +49,8 @@ class Handler(BaseHTTPRequestHandler):
         moved[0] += 8
         tokens = 0 if behaviour.get("answers") is False else 8
         self.guarded({"choices": [{"message": {"content": None}}], "usage": {"completion_tokens": tokens}})
+        with Path(os.environ["DOUBLE_DOCKER_DIR"], "answered").open("a") as answered:
+            answered.write("x")
 
     def guarded(self, data: object) -> None:
         allowed = key is None or self.headers.get("Authorization") == f"Bearer {key}"
