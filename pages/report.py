@@ -165,7 +165,9 @@ def _comparison(report: Report) -> str:
 def _memory(report: Report) -> str:
     memory = report["memory"]
     if not memory:
-        return "<h2>Memory</h2><p>Not sampled: the endpoint is on another machine.</p>"
+        ran = any(task["passed"] is not None for task in report["tasks"].values())
+        why = "the endpoint is on another machine" if ran else "nothing ran"
+        return f"<h2>Memory</h2><p>Not sampled: {why}.</p>"
     times = [sample[0] for sample in memory["samples"]]
     values = [sample[1] / KIB_PER_GIB for sample in memory["samples"]]
     floor = memory["floor_kb"]
@@ -360,6 +362,9 @@ def flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
 
 def _readable(name: str, value: Any) -> str:
     """A value of the identities: times and sizes as people write them."""
+    # What a server says of itself comes under any name.
+    if not isinstance(value, int | float):
+        return text(value)
     if name.endswith("_unix"):
         return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(value))
     return gib(value) if name.endswith("_kb") else text(value)

@@ -28,7 +28,7 @@ SPECIAL = {"<think>": 1, "</think>": 2}
 # Seconds between two events, besides the time that the client takes to read the one before.
 PACE_S = 0.003
 # Seconds for a client that lives to read an event, on the busiest of machines.
-READ_WITHIN_S = 20.0
+READ_WITHIN_S = 120.0
 
 
 def tokens(text: str) -> list[str]:
@@ -139,8 +139,8 @@ class Honest(BaseHTTPRequestHandler):
             self.send_json(200, self.models())
         elif self.path == "/version":
             self.send_json(200, {"version": "0.0-double"})
-        elif self.path == "/metrics" and self.metrics() is not None:
-            self.send_bytes(200, str(self.metrics()).encode(), "text/plain")
+        elif self.path == "/metrics" and (text := self.metrics()) is not None:
+            self.send_bytes(200, text.encode(), "text/plain")
         else:
             self.send_json(404, {"error": {"message": "not found"}})
 
@@ -200,8 +200,23 @@ class Honest(BaseHTTPRequestHandler):
             completion += len(tokens(arguments))
         self.count(completion)
         reason = self.reason(body, arguments)
-        choice = {"index": 0, "message": message, "finish_reason": reason}
+        choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": reason}
+        if body.get("logprobs"):
+            choice["logprobs"] = self.probabilities([text for _, text in pieces])
         self.send_json(200, {"id": "r", "model": MODEL, "choices": [choice], "usage": self.usage(body, completion)})
+
+    def likeliest(self, token: str) -> str:
+        """The token that is likelier than any other where this one was chosen."""
+        return token
+
+    def probabilities(self, texts: list[str]) -> dict[str, Any] | None:
+        """Of each token and of the likeliest one in its place, as vLLM states them."""
+        stated = []
+        for text in texts:
+            top = self.likeliest(text)
+            own = -0.25 if top == text else -2.5
+            stated.append({"token": text, "logprob": own, "top_logprobs": [{"token": top, "logprob": -0.25}]})
+        return {"content": stated}
 
     def reason(self, body: dict[str, Any], arguments: str | None) -> str:
         """The finish reason of a reply with these arguments of a call."""
@@ -270,6 +285,10 @@ class DoubleServer(ThreadingHTTPServer):
         # Set at the end: what a double holds back then goes on. Numbers for a double that never says the same twice.
         self.released = threading.Event()
         self.serial = itertools.count()
+        # Set when a prompt has been read; how many tenths of it have been, for a double that reads slowly.
+        self.read = threading.Event()
+        self.tenths = 0
+        self.counters |= {"request_decode_time_seconds_sum": 0.0}
         self.counters |= {"num_requests_running": 0, "num_requests_waiting": 0, "kv_cache_usage_perc": 0.0}
 
     @property
@@ -436,6 +455,14 @@ class SamplesAtTemperatureZero(Honest):
     def content(self, body: dict[str, Any]) -> str:
         return f"{super().content(body)} {next(self.server.serial)}"
 
+    def likeliest(self, token: str) -> str:
+        return "the" if token.isdigit() else token
+
+
+class SamplesAndGivesNoProbabilities(SamplesAtTemperatureZero):
+    def probabilities(self, texts: list[str]) -> dict[str, Any] | None:
+        return None
+
 
 class GreedyAtAnyTemperature(Honest):
     def content(self, body: dict[str, Any]) -> str:
@@ -543,16 +570,63 @@ class WholeAnswersDiffer(Honest):
         return "stop" if body.get("stream") else "length"
 
 
+class ThinksInStreamsOnly(Honest):
+    def whole(self, body: dict[str, Any], pieces: list[tuple[str, str]], arguments: str | None) -> None:
+        super().whole(body, [piece for piece in pieces if piece[0] != "reasoning"], arguments)
+
+
+class ThinksInOtherWords(Honest):
+    """Not a lie: sums on a GPU may come out in another order, and a thought in other words."""
+
+    def reasoning(self, body: dict[str, Any]) -> str:
+        return super().reasoning(body) and f"I look for it{' again' * next(self.server.serial)}."
+
+
+class CountsWholeAnswersHigher(Honest):
+    def usage(self, body: dict[str, Any], completion: int) -> dict[str, Any] | None:
+        return super().usage(body, completion if body.get("stream") else completion + 1)
+
+
+class PlaysTheAnswerBack(Honest):
+    """Holds the answer back until it is whole, and then sends it token by token, as a proxy with a buffer may."""
+
+    def stream(self, body: dict[str, Any], pieces: list[tuple[str, str]], arguments: str | None) -> None:
+        self.server.counters["request_decode_time_seconds_sum"] += 600.0
+        super().stream(body, pieces, arguments)
+
+
+class DropsTheBeginning(Honest):
+    """Reads the last 60 % of a prompt, and counts and states all of it."""
+
+    def content(self, body: dict[str, Any]) -> str:
+        read = tokens(prompt_of(body["messages"]))
+        kept = "".join(read[len(read) * 4 // 10 :])
+        return super().content({**body, "messages": [{"role": "user", "content": kept}]})
+
+
+class SendsHalvesOfPairs(Honest):
+    """A character beyond the first plane as two events, each with one half of its pair: valid JSON, no character."""
+
+    def piece(self, kind: str, text: str) -> None:
+        data = text.encode("utf-16-be")
+        if len(data) != 4:
+            super().piece(kind, text)
+            return
+        for half in (data[:2], data[2:]):
+            event = b'data: {"id": "r", "model": "Double", "choices": [{"index": 0, "delta": {"%s": "\\u%s"}}]}\n\n'
+            self.wfile.write(event % (kind.encode(), half.hex().encode()))
+
+
 class RunsIntoTheLimit(Honest):
     def reason(self, body: dict[str, Any], arguments: str | None) -> str:
         return "length"
 
 
-class ComposesCharacters(Honest):
-    """Normalises what it copies: looks the same, is other bytes."""
+class DropsMarks(Honest):
+    """Letters without what stands above them."""
 
     def content(self, body: dict[str, Any]) -> str:
-        return unicodedata.normalize("NFC", super().content(body))
+        return "".join(letter for letter in super().content(body) if not unicodedata.combining(letter))
 
 
 class KnowsAsciiOnly(Honest):
@@ -627,9 +701,10 @@ class RefusesAtLength(Honest):
 
 
 class HidesWhatRuns(GoesOnAfterACancellation):
-    """The gauge says that nothing runs, and tokens are made all the same."""
+    """The gauge says that nothing runs, and tokens are made all the same: one for each look at the least."""
 
     def metrics(self) -> str | None:
+        self.count(1)
         return re.sub(r"(num_requests_running\S*) \S+", r"\1 0", str(super().metrics()))
 
 
@@ -672,8 +747,8 @@ class ResetsTheConnection(Honest):
         self.begin_stream()
         for kind, text in pieces[:4]:
             self.piece(kind, text)
-        # Time to be read: a reset throws away what has not been.
-        time.sleep(0.2)
+        # A reset throws away what has not been read.
+        self.pause()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
 
@@ -774,27 +849,48 @@ class StatesCachedTokensInTheUsage(CountsNoCachedTokens):
         return {**found, "prompt_tokens_details": {"cached_tokens": 0}}
 
 
-class TakesItsTimeForAWholeAnswer(Honest):
-    """A reply in one piece comes when its last token is made, long after a first token would have been due."""
-
-    def whole(self, body: dict[str, Any], pieces: list[tuple[str, str]], arguments: str | None) -> None:
-        time.sleep(1.0)
-        super().whole(body, pieces, arguments)
-
-
 class ReadsSlowly(Honest):
-    """Reads a long prompt piece by piece, and its KV cache fills meanwhile: 4096 tokens of room."""
+    """Reads a tenth of a long prompt at each look at its metrics; its KV cache has room for 4096 tokens."""
+
+    blocks, stated_size = 256, 16
+    prompt = 2000
+
+    def used(self, tenths: int) -> float:
+        """Share of the KV cache that is taken when so many tenths of the prompt have been read."""
+        return tenths / 10 * self.prompt / (self.blocks * self.stated_size)
 
     def chat(self, body: dict[str, Any]) -> None:
-        prompt = tokens_of(body["messages"])
-        for part in range(1, 11) if prompt > 500 else ():
-            self.server.counters["kv_cache_usage_perc"] = round(part / 10 * prompt / 4096, 4)
-            time.sleep(0.08)
+        if tokens_of(body["messages"]) >= self.prompt:
+            self.server.tenths = 1
+            self.server.read.wait(READ_WITHIN_S)
         super().chat(body)
-        self.server.counters["kv_cache_usage_perc"] = 0.0
+        self.server.tenths = 0
 
     def metrics(self) -> str | None:
-        return str(super().metrics()) + 'vllm:cache_config_info{block_size="16",num_gpu_blocks="256"} 1.0\n'
+        tenths = self.server.tenths
+        self.server.counters["kv_cache_usage_perc"] = round(self.used(tenths), 6) if tenths else 0.0
+        if tenths == 10:
+            self.server.read.set()
+        elif tenths:
+            self.server.tenths += 1
+        size = f'vllm:cache_config_info{{block_size="{self.stated_size}",num_gpu_blocks="{self.blocks}"}} 1.0\n'
+        return str(super().metrics()) + size
+
+
+class ReadsAsDeepSeek(ReadsSlowly):
+    """Several kinds of cache: the smallest block is stated, windows are full at once, then a block takes 256 tokens."""
+
+    blocks, stated_size = 14_292, 4
+
+    def used(self, tenths: int) -> float:
+        return (3000 + tenths / 10 * self.prompt / 256) / self.blocks
+
+
+class ServesOthers(Honest):
+    """Has a request of another client."""
+
+    def metrics(self) -> str | None:
+        return re.sub(r"(num_requests_running\S*) \S+", r"\1 1", str(super().metrics()))
 
 
 class SaysNotANumber(Honest):

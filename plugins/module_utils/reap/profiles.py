@@ -57,6 +57,10 @@ CACHE_FOLDERS: Mapping[str, str] = {
 }
 
 
+# Tokens a block of the KV cache in the validated command.
+BLOCK_SIZE = 256
+
+
 @dataclass(frozen=True)
 class Profile:
     """One entry of ``reap_profiles``: group_vars/all/profiles.yml says what each key means."""
@@ -83,7 +87,14 @@ class Profile:
     needle_tokens: int
     reference: dict[str, Any] | None
     needle_depth: float = 0.5
+    needle_max_tokens: int = 6144
     verify_tasks: tuple[str, ...] | None = None
+
+    @property
+    def block_size(self) -> int | None:
+        """Tokens a block of the KV cache; None where vLLM chooses."""
+        size = self.vllm_extra_args.get("block-size", BLOCK_SIZE)
+        return size if isinstance(size, int) else None
 
     @classmethod
     def from_mapping(cls, data: object, name: str = "profile") -> Profile:
@@ -136,7 +147,7 @@ def vllm_arguments(profile: Profile, *, model_dir: str, host: str, port: int) ->
         "pipeline-parallel-size": 1,
         "kv-cache-dtype": profile.kv_cache_dtype,
         "kv-cache-memory-bytes": profile.kv_cache_memory,
-        "block-size": 256,
+        "block-size": BLOCK_SIZE,
         "max-model-len": profile.max_model_len,
         "max-num-seqs": profile.max_num_seqs,
         "max-num-batched-tokens": profile.max_num_batched_tokens,
@@ -207,8 +218,8 @@ def _value_faults(data: Mapping[str, Any]) -> list[str]:
         wanted = "a size such as 14G (2^30 bytes) or 14g (10^9 bytes)"
         faults.append(f"kv_cache_memory is {shown(data['kv_cache_memory'])}, wanted {wanted}")
     for key in ("model_bytes", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "watchdog_min_available_kb",
-                "needle_tokens"):  # fmt: skip
-        if data[key] < 1:
+                "needle_tokens", "needle_max_tokens"):  # fmt: skip
+        if key in data and data[key] < 1:
             faults.append(f"{key} is {data[key]}, wanted 1 or more")
     if not 0 < data["gpu_memory_utilization"] <= 1:
         faults.append(f"gpu_memory_utilization is {data['gpu_memory_utilization']}, wanted more than 0, at most 1")

@@ -113,6 +113,6 @@ write_index(artifacts)
 """
     (tmp_path / "report").write_text(json.dumps(report()), encoding="utf-8")
     workers = [subprocess.Popen([sys.executable, "-c", program, f"spark-{number}"]) for number in range(4)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0] * 4
+    assert [worker.wait(timeout=600) for worker in workers] == [0] * 4
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "4 hosts: 4 passed" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from reap.verify import Settings, verify
+from reap.verify.client import Client, CouldNotRun, Deadlines
 from reap.verify.prompts import UNICODE_SAMPLES
 from tests.support import lying_servers as doubles
 
@@ -42,7 +44,8 @@ LIES = [
     (doubles.ToolCallWithInvalidJson, "tool_call", "tool_arguments_json"),
     (doubles.ToolCallWithAnotherSchema, "tool_call", "tool_arguments_schema"),
     (doubles.CallsAToolForEverything, "tool_not_due", "no_tool_called"),
-    (doubles.SamplesAtTemperatureZero, "temperature_zero", "deterministic_at_0"),
+    (doubles.SamplesAtTemperatureZero, "temperature_zero", "likeliest_at_0"),
+    (doubles.SamplesAndGivesNoProbabilities, "temperature_zero", "same_answer_at_0"),
     (doubles.GreedyAtAnyTemperature, "temperature_high", "diverse_at_1_5"),
     (doubles.AnotherModelUnderTheName, "identity", "tokenizer"),
     (doubles.ShorterContextUnderTheName, "identity", "context_length"),
@@ -59,10 +62,14 @@ LIES = [
     (doubles.DoesNotThink, "smoke", "reasoning_apart"),
     (doubles.StreamsOneChunkAtTheEnd, "streaming", "incremental_events"),
     (doubles.WholeAnswersDiffer, "stream_equals_whole", "same_content"),
-    (doubles.WholeAnswersDiffer, "stream_equals_whole", "same_reasoning"),
     (doubles.WholeAnswersDiffer, "stream_equals_whole", "same_finish_reason"),
-    (doubles.WholeAnswersDiffer, "stream_equals_whole", "same_usage"),
-    (doubles.ComposesCharacters, "unicode", "exact_combining"),
+    (doubles.ThinksInStreamsOnly, "stream_equals_whole", "reasoning_in_both"),
+    (doubles.CountsWholeAnswersHigher, "stream_equals_whole", "same_usage"),
+    (doubles.DropsMarks, "unicode", "exact_combining"),
+    (doubles.SendsHalvesOfPairs, "unicode", "utf8_intact"),
+    (doubles.DropsTheBeginning, "ladder", "needle_value"),
+    (doubles.PlaysTheAnswerBack, "accounting", "decode_time_metrics"),
+    (doubles.PlaysTheAnswerBack, "needle", "decode_time_metrics"),
     *((doubles.KnowsAsciiOnly, "unicode", f"exact_{name}") for name, _sample in UNICODE_SAMPLES),
     (doubles.RunsIntoTheLimit, "ascii", "finished"),
     (doubles.CallsNoTool, "tool_call", "tool_called"),
@@ -101,6 +108,7 @@ CHANGES: dict[type[doubles.Honest], dict[str, Any]] = {
     doubles.HangsAfterTheFirstToken: {"between_tokens_s": 0.5},
     doubles.DoesNotThink: {"thinking": True},
     doubles.StatesNoContext: {"max_model_len": None},
+    doubles.GoesOnAfterACancellation: {"cancel_wait_s": 1.0},
 }
 
 
@@ -122,7 +130,7 @@ def ask(double: type[doubles.Honest], model_dir: Path, tasks: list[str], **chang
             "needle_tokens": 2000,
             "needle_depth": 0.2,
             "tasks": tasks,
-            "cancel_wait_s": 1.0,
+            "cancel_wait_s": 60.0,
             "between_tokens_s": 30.0,
         }
         return verify(Settings(**{**given, **CHANGES.get(double, {}), **changes}))
@@ -150,7 +158,6 @@ def test_a_lie_is_caught_by_name(double: type[doubles.Honest], task: str, check:
 
 HONEST_IN_THEIR_WAY = [
     (doubles.StatesCachedTokensInTheUsage, "needle", {}),
-    (doubles.TakesItsTimeForAWholeAnswer, "stream_equals_whole", {"first_token_s": 0.5}),
     (doubles.ThinksWhenAsked, "smoke", {"thinking": True}),
     (doubles.RefusesAtLength, "over_context", {}),
     (doubles.ListsModelsThatAreNone, "identity", {}),
@@ -200,3 +207,47 @@ def test_a_fault_of_the_suite_itself_is_a_failed_check(model_dir: Path, monkeypa
     assert failed_checks(report, "smoke") == {"could_run"}
     assert "IndexError" in report["failures"][0]
     assert report["tasks"]["health"]["passed"] is True
+
+
+def test_an_engine_that_is_gone_before_the_warm_up_is_a_failed_run_with_evidence(model_dir: Path) -> None:
+    report = ask(doubles.TokenizerStopsAnswering, model_dir, ["smoke", "needle"], warmup_tokens=500)
+    assert report["verdict"] == "failed"
+    assert any("The warm-up could not run" in note for note in report["notes"])
+    assert "could_run" in failed_checks(report, "needle")
+
+
+def test_nobody_else_is_measured(model_dir: Path) -> None:
+    """No report: nothing is wrong with the endpoint, so no generation may give way for it."""
+    with pytest.raises(CouldNotRun, match="1 requests of other clients") as caught:
+        ask(doubles.ServesOthers, model_dir, ["smoke"], idle_wait_s=0.3)
+    assert caught.value.report is None
+
+
+def test_a_thought_in_other_words_is_no_other_answer(model_dir: Path) -> None:
+    report = ask(doubles.ThinksInOtherWords, model_dir, ["stream_equals_whole"])
+    assert report["failures"] == []
+    assert "in different words" in report["tasks"]["stream_equals_whole"]["note"]
+
+
+def test_a_whole_answer_may_take_as_long_as_all_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first byte comes when its last token is made, long after a first token would have been due."""
+    given: list[float] = []
+    real = Client._connection
+
+    class Watched:
+        def __init__(self, inner: http.client.HTTPConnection) -> None:
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def getresponse(self) -> http.client.HTTPResponse:
+            given.append(self.inner.sock.gettimeout())
+            return self.inner.getresponse()
+
+    monkeypatch.setattr(Client, "_connection", lambda self, timeout: Watched(real(self, timeout)))
+    with doubles.serving(doubles.Honest) as server:
+        client = Client(server.url, doubles.MODEL, deadlines=Deadlines(first_token_s=111.0, total_s=999.0))
+        for stream in (False, True):
+            client.chat([{"role": "user", "content": "Say yes."}], max_tokens=8, stream=stream)
+    assert given == [999.0, 111.0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 import ssl
 import time
@@ -32,9 +33,11 @@ class CouldNotRun(ReapError):
     Attributes:
         report: what is known, where the reason lies in what is verified (it does not answer, has another name, counts
             nothing); None where it lies in who asks (a wrong setting, a full disk).
+        about_endpoint: whether the reason lies in what is verified.
     """
 
     report: dict[str, Any] | None = None
+    about_endpoint = True
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,9 @@ class TokenEvent:
 class Reply:
     """What a server sent for one chat request.
 
-    Times are seconds after the request was sent. `problems` maps the name of a rule of the protocol that was broken
-    to what was seen; an empty map is a clean reply.
+    Times are seconds after the request was sent. `logprobs` has (token, its logarithm, the likeliest token, its
+    logarithm) of each token, where they were asked for and the reply is no stream. `problems` maps the name of a rule
+    of the protocol that was broken to what was seen; an empty map is a clean reply.
     """
 
     status: int = 0
@@ -118,6 +122,7 @@ class Reply:
     cancelled: bool = False
     body: str = ""
     error: str | None = None
+    logprobs: list[tuple[str, float, str, float]] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -160,6 +165,32 @@ def text_of(part: Mapping[str, Any], *names: str) -> str:
         if isinstance(value, str) and value:
             return value
     return ""
+
+
+_HALVES = re.compile("[\ud800-\udfff]")
+
+
+def mended(data: Any) -> Any:
+    """Parsed JSON with U+FFFD in place of halves of surrogate pairs."""
+    if isinstance(data, str):
+        return _HALVES.sub("\ufffd", data)
+    if isinstance(data, list):
+        return [mended(item) for item in data]
+    if isinstance(data, dict):
+        return {mended(key): mended(value) for key, value in data.items()}
+    return data
+
+
+def read_logprobs(data: Any) -> list[tuple[str, float, str, float]]:
+    """(token, its logarithm, the likeliest token, its logarithm) of each token; empty when anything is missing."""
+    found = []
+    try:
+        for item in data["content"]:
+            top = max(item["top_logprobs"], key=lambda entry: float(entry["logprob"]))
+            found.append((str(item["token"]), float(item["logprob"]), str(top["token"]), float(top["logprob"])))
+    except (TypeError, KeyError, ValueError):
+        return []
+    return found
 
 
 def merge_tool_calls(reply: Reply, parts: Any) -> str:
@@ -288,7 +319,7 @@ class Client:
         """GET, or POST where there is a body. Returns status and parsed body, or its text when it is no JSON."""
         status, data = self.exchange("GET" if body is None else "POST", path, body, timeout)
         try:
-            return status, json.loads(data)
+            return status, mended(json.loads(data))
         except ValueError:
             return status, data.decode("utf-8", "replace")
 
@@ -372,7 +403,7 @@ class Client:
         if reply.streamed and reply.status == 200:
             reply.problem("event_stream", f"asked for a stream, the answer is {kind}")
         try:
-            data = json.loads(raw.decode("utf-8"))
+            data = self._whole_characters(reply, raw.decode("utf-8"))
         except UnicodeDecodeError as error:
             reply.problem("utf8_intact", f"the body is no UTF-8: {error}")
             return
@@ -400,6 +431,7 @@ class Client:
         merge_tool_calls(reply, message.get("tool_calls"))
         reply.finish_reason = choice.get("finish_reason")
         reply.usage = Usage.read(data.get("usage"))
+        reply.logprobs = read_logprobs(choice.get("logprobs"))
         self._identity(reply, data)
         if "\ufffd" in reply.content + reply.reasoning:
             reply.problem("utf8_intact", "the text holds U+FFFD: a character was broken on the way")
@@ -456,7 +488,7 @@ class Client:
             reply.problem("utf8_intact", f"an event is no UTF-8 ({error.reason}): a character was cut in two")
             text = payload.decode("utf-8", "replace")
         try:
-            data = json.loads(text)
+            data = self._whole_characters(reply, text)
         except ValueError:
             reply.problem("event_json", f"an event is no JSON: {text[:120]!r}")
             return
@@ -474,6 +506,15 @@ class Client:
         for choice in choices if isinstance(choices, list) else []:
             if isinstance(choice, Mapping):
                 self._take_choice(reply, choice, at, read)
+
+    @staticmethod
+    def _whole_characters(reply: Reply, text: str) -> Any:
+        """Parsed JSON. Half a surrogate pair is valid in it, is no character, and can be neither sent nor stored."""
+        data = json.loads(text)
+        whole = mended(data)
+        if whole != data:
+            reply.problem("utf8_intact", "half of a surrogate pair: a character was cut in two")
+        return whole
 
     @staticmethod
     def _identity(reply: Reply, data: Mapping[str, Any]) -> None:

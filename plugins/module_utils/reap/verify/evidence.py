@@ -31,7 +31,8 @@ def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
     """Write beside, then rename."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        beside.write_text(text, encoding="utf-8")
+        # Evidence is kept whatever is in it; in JSON this is the escape of what is no character.
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
         beside.chmod(mode)
         beside.replace(path)
     except BaseException:

@@ -17,6 +17,8 @@ GENERATED = "vllm:generation_tokens_total"
 RUNNING = "vllm:num_requests_running"
 WAITING = "vllm:num_requests_waiting"
 KV_USAGE = "vllm:kv_cache_usage_perc"
+# Seconds from the first token to the last of finished requests, as the engine saw them.
+DECODE_TIME = "vllm:request_decode_time_seconds_sum"
 CACHE_CONFIG = "vllm:cache_config_info"
 # Newer servers count cached prompt tokens; older ones count the hits of the prefix cache, in tokens as well.
 CACHED = ("vllm:prompt_tokens_cached_total", "vllm:prefix_cache_hits_total")
@@ -44,11 +46,15 @@ class Snapshot:
                 return grown if grown >= 0 else None
         return None
 
-    def kv_tokens(self) -> int | None:
-        """Tokens the KV cache holds: blocks times block size; an upper bound for models with several kinds of layer."""
+    def kv_tokens(self, block_size: int | None = None) -> int | None:
+        """Tokens the KV cache holds: blocks times block size; an upper bound for models with several kinds of layer.
+
+        Args:
+            block_size: tokens a block; None: what the server states.
+        """
         info = self.labels.get(CACHE_CONFIG, {})
         try:
-            return int(info["num_gpu_blocks"]) * int(info["block_size"])
+            return int(info["num_gpu_blocks"]) * (block_size or int(info["block_size"]))
         except (KeyError, ValueError):
             return None
 

@@ -14,7 +14,7 @@ from .. import __version__
 from .client import Client, CouldNotRun, Deadlines
 from .evidence import SCHEMA, host_identity, running_image, service_state, subject, utc_stamp
 from .measure import spread
-from .metrics import read_metrics
+from .metrics import RUNNING, WAITING, read_metrics
 from .needle import Needle
 from .sampler import MemorySampler
 from .session import LARGEST_TEMPLATE_OFFSET, Session, TaskResult
@@ -80,7 +80,32 @@ def preflight(session: Session) -> None:
         session.notes.append(
             "The server has no metrics: the prefix cache was not proved cold, and usage was not compared with counters."
         )
+    _await_idle(session)
     _calibrate(session)
+
+
+def _await_idle(session: Session) -> None:
+    """Wait until nobody else is served: counters and times would be theirs, too.
+
+    Raises:
+        CouldNotRun: others go on. It gets no report: nothing is wrong with the endpoint.
+    """
+    patience = session.settings.idle_wait_s
+    started = time.monotonic()
+    while (now := session.snapshot()) is not None:
+        others = (now.get(RUNNING) or 0) + (now.get(WAITING) or 0)
+        if not others:
+            return
+        waited = time.monotonic() - started
+        if waited > patience:
+            busy = CouldNotRun(
+                f"{session.client.url} has {others:.0f} requests of other clients, {patience:.0f} s after the first "
+                "look: verify when nobody uses it"
+            )
+            busy.about_endpoint = False
+            raise busy
+        session.step(0, None, "tasks", f"waiting for {others:.0f} requests of other clients, {waited:.0f} s so far")
+        time.sleep(0.2)
 
 
 def why_not(session: Session) -> CouldNotRun | None:
@@ -232,6 +257,8 @@ def verify(
         reason = why_not(session)
         phase("preflight", begun)
         if reason is not None:
+            if not reason.about_endpoint:
+                raise reason
             seconds = time.monotonic() - started
             reason.report = _report(settings, session, [], phases, None, service, started_unix, seconds, str(reason))
             raise reason
@@ -240,9 +267,14 @@ def verify(
             step(number, len(tasks), "tasks", task.name)
             if not warmed and task.name in ("needle", "ladder", "grid") and settings.warmup_tokens:
                 warmed, begun = True, time.monotonic()
-                seconds = warm_up(session)
+                try:
+                    seconds = warm_up(session)
+                    say(f"{'warm-up':<24} {settings.warmup_tokens:,} tokens  {seconds:.1f} s")
+                except (CouldNotRun, OSError, http.client.HTTPException) as error:
+                    # The task after it meets the same, and says so by a check.
+                    session.notes.append(f"The warm-up could not run: {error}")
+                    say(f"{'warm-up':<24} could not run: {error}")
                 phase("warm-up", begun)
-                say(f"{'warm-up':<24} {settings.warmup_tokens:,} tokens  {seconds:.1f} s")
             begun = time.monotonic()
             expected = settings.expected_tasks is None or task.name in settings.expected_tasks
             result = run_task(session, task, expected)

@@ -39,21 +39,26 @@ class MemorySampler:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="memory-sampler", daemon=True)
 
+    def _sample(self) -> None:
+        value = mem_available_kb(self.meminfo)
+        if value is not None:
+            self.samples.append((time.monotonic() - self.started, value))
+
     def _run(self) -> None:
         period = 1.0 / self.hertz
         due = time.monotonic()
         while not self._stop.is_set():
-            value = mem_available_kb(self.meminfo)
-            if value is not None:
-                self.samples.append((time.monotonic() - self.started, value))
             due += period
             now = time.monotonic()
             if due < now:
                 # Late by whole periods (the machine stood still): take up the rhythm again instead of a burst.
                 due = now
-            self._stop.wait(max(0.0, due - time.monotonic()))
+            if not self._stop.wait(max(0.0, due - time.monotonic())):
+                self._sample()
 
     def __enter__(self) -> MemorySampler:
+        # The first at once: the thread may wait for a processor for as long as a short run lasts.
+        self._sample()
         self._thread.start()
         return self
 

@@ -54,12 +54,15 @@ class Settings:
             the last two never more than half of the context.
         lengths: lengths of the ladder and the grid, tokens; None: those of LADDER below `needle_tokens`, and that.
         depths: depths of the grid.
+        block_size: tokens a block of the KV cache; None: what the server states.
+        prefill_piece: tokens of a prompt that are read at once.
         repeats: how often the measured request is repeated.
         warmup_tokens: length of the request before the first long one; 0: none. Kernels are compiled at a first
             long prompt.
         slowest_prefill_tok_s: a slower prefill than this is not waited for.
         first_token_s, between_tokens_s, total_s: deadlines of a short request, seconds. A reply that is not streamed
             has the last one only.
+        idle_wait_s: how long other clients' requests are waited for before the first task, seconds.
         cancel_wait_s: how long a cancelled request may go on, seconds.
         metrics: `required` (no metrics: could not run) or `optional` (the report says that the cache was not proved
             cold).
@@ -94,12 +97,15 @@ class Settings:
     essay_max_tokens: int = 6144
     lengths: list[int] | None = None
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    block_size: int | None = None
+    prefill_piece: int = 8192
     repeats: int = 1
     warmup_tokens: int = 0
     slowest_prefill_tok_s: float = 50.0
     first_token_s: float = 120.0
     between_tokens_s: float = 60.0
     total_s: float = 900.0
+    idle_wait_s: float = 60.0
     cancel_wait_s: float = 10.0
     metrics: str = "required"
     sample_memory: bool | None = None
