@@ -200,23 +200,8 @@ class Honest(BaseHTTPRequestHandler):
             completion += len(tokens(arguments))
         self.count(completion)
         reason = self.reason(body, arguments)
-        choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": reason}
-        if body.get("logprobs"):
-            choice["logprobs"] = self.probabilities([text for _, text in pieces])
+        choice = {"index": 0, "message": message, "finish_reason": reason}
         self.send_json(200, {"id": "r", "model": MODEL, "choices": [choice], "usage": self.usage(body, completion)})
-
-    def likeliest(self, token: str) -> str:
-        """The token that is likelier than any other where this one was chosen."""
-        return token
-
-    def probabilities(self, texts: list[str]) -> dict[str, Any] | None:
-        """Of each token and of the likeliest one in its place, as vLLM states them."""
-        stated = []
-        for text in texts:
-            top = self.likeliest(text)
-            own = -0.25 if top == text else -2.5
-            stated.append({"token": text, "logprob": own, "top_logprobs": [{"token": top, "logprob": -0.25}]})
-        return {"content": stated}
 
     def reason(self, body: dict[str, Any], arguments: str | None) -> str:
         """The finish reason of a reply with these arguments of a call."""
@@ -455,14 +440,6 @@ class SamplesAtTemperatureZero(Honest):
     def content(self, body: dict[str, Any]) -> str:
         return f"{super().content(body)} {next(self.server.serial)}"
 
-    def likeliest(self, token: str) -> str:
-        return "the" if token.isdigit() else token
-
-
-class SamplesAndGivesNoProbabilities(SamplesAtTemperatureZero):
-    def probabilities(self, texts: list[str]) -> dict[str, Any] | None:
-        return None
-
 
 class GreedyAtAnyTemperature(Honest):
     def content(self, body: dict[str, Any]) -> str:
@@ -576,10 +553,11 @@ class ThinksInStreamsOnly(Honest):
 
 
 class ThinksInOtherWords(Honest):
-    """Not a lie: sums on a GPU may come out in another order, and a thought in other words."""
+    """Not a lie: sums on a GPU may come out in another order, and a thought in other words from some token on."""
 
     def reasoning(self, body: dict[str, Any]) -> str:
-        return super().reasoning(body) and f"I look for it{' again' * next(self.server.serial)}."
+        same = "The user wants a short answer, and there is only one that fits what the notes say, so I look for it. "
+        return super().reasoning(body) and f"{same * 2}I look{' again' * next(self.server.serial)}."
 
 
 class CountsWholeAnswersHigher(Honest):

@@ -100,9 +100,8 @@ class TokenEvent:
 class Reply:
     """What a server sent for one chat request.
 
-    Times are seconds after the request was sent. `logprobs` has (token, its logarithm, the likeliest token, its
-    logarithm) of each token, where they were asked for and the reply is no stream. `problems` maps the name of a rule
-    of the protocol that was broken to what was seen; an empty map is a clean reply.
+    Times are seconds after the request was sent. `problems` maps the name of a rule of the protocol that was broken
+    to what was seen; an empty map is a clean reply.
     """
 
     status: int = 0
@@ -122,7 +121,6 @@ class Reply:
     cancelled: bool = False
     body: str = ""
     error: str | None = None
-    logprobs: list[tuple[str, float, str, float]] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -179,18 +177,6 @@ def mended(data: Any) -> Any:
     if isinstance(data, dict):
         return {mended(key): mended(value) for key, value in data.items()}
     return data
-
-
-def read_logprobs(data: Any) -> list[tuple[str, float, str, float]]:
-    """(token, its logarithm, the likeliest token, its logarithm) of each token; empty when anything is missing."""
-    found = []
-    try:
-        for item in data["content"]:
-            top = max(item["top_logprobs"], key=lambda entry: float(entry["logprob"]))
-            found.append((str(item["token"]), float(item["logprob"]), str(top["token"]), float(top["logprob"])))
-    except (TypeError, KeyError, ValueError):
-        return []
-    return found
 
 
 def merge_tool_calls(reply: Reply, parts: Any) -> str:
@@ -431,7 +417,6 @@ class Client:
         merge_tool_calls(reply, message.get("tool_calls"))
         reply.finish_reason = choice.get("finish_reason")
         reply.usage = Usage.read(data.get("usage"))
-        reply.logprobs = read_logprobs(choice.get("logprobs"))
         self._identity(reply, data)
         if "\ufffd" in reply.content + reply.reasoning:
             reply.problem("utf8_intact", "the text holds U+FFFD: a character was broken on the way")
