@@ -199,6 +199,39 @@ def test_a_storage_host_gets_the_bytes_asked_for_and_no_token(site: Site, serve:
     assert all(line["authorized"] for line in site.got())
 
 
+def test_an_address_at_a_storage_host_that_has_expired_is_asked_for_again(
+    site: Site, serve: Callable[[Path], Hub]
+) -> None:
+    """The token has nothing to do with it."""
+    storage = serve(site.source.parents[1])
+    storage.faults.replace({"rules": [{"path": "*.safetensors", "method": "GET", "status": 403, "times": 1}]})
+    site.faults({"path": "*.safetensors", "redirect": storage.url})
+    site.fetch(settings={"token": TOKEN})
+    assert site.is_whole()
+
+
+def test_a_kill_while_a_damaged_folder_goes_back_forgets_no_damage(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.fetch()
+    victim = site.dest / "model-00001-of-00003.safetensors"
+    before = victim.stat()
+    data = bytearray(victim.read_bytes())
+    data[0] ^= 1
+    victim.write_bytes(data)
+    os.utime(victim, ns=(before.st_mtime_ns, before.st_mtime_ns))
+    taken_back = store_module.Partial.take_back
+
+    def killed(self: store_module.Partial) -> None:
+        taken_back(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store_module.Partial, "take_back", killed)
+    with pytest.raises(KeyboardInterrupt):
+        site.fetch(verify="full")
+    monkeypatch.undo()
+    site.fetch()
+    assert site.is_whole()
+
+
 @pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", "config.json"])
 def test_one_damaged_file_is_fetched_again_alone(site: Site, name: str) -> None:
     site.fetch()

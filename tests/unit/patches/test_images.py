@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import socket
 import socketserver
 import threading
 from collections.abc import Callable, Iterator
@@ -128,6 +129,7 @@ class HostDouble:
         self.containers: dict[str, str] = {}
         self.archive: list[tuple[str, list[str]]] = []
         self.pinned_by_others: set[str] = set()
+        self.meanwhile: tuple[str, ...] = ()
         self.clock = 0
 
     def put(self, image: str, *names: str, **labels: str) -> str:
@@ -185,9 +187,14 @@ class HostDouble:
     def lines(self, method: str, target: str, **_: Any) -> Iterator[dict[str, Any]]:
         if target == "/images/create":
             raise EngineError("manifest unknown", 404)
+        if self.meanwhile:
+            # Somebody builds while the archive is being loaded.
+            self.put(*self.meanwhile)
         for image, names in self.archive:
             self.put(image, *names)
-        yield {"stream": "loaded"}
+            yield from ({"stream": f"Loaded image: {name}\n"} for name in names)
+            if not names:
+                yield {"stream": f"Loaded image ID: {image}\n"}
 
     def create(self, image: str, config: dict[str, Any] | None = None, name: str | None = None) -> str:
         self.containers[name or f"nameless-{len(self.containers)}"] = image
@@ -354,6 +361,77 @@ def test_what_could_not_be_unloaded_is_not_called_unloaded(tmp_path: Path) -> No
     with pytest.raises(ReapError, match=f"{NEW} stays on the host") as caught:
         have(host, spec(tmp_path, **archive))
     assert "unloaded" not in str(caught.value)
+
+
+def test_what_somebody_builds_during_a_load_stays(tmp_path: Path) -> None:
+    host = HostDouble()
+    host.meanwhile = (OTHER, "operators/own:build")
+    have(host, spec(tmp_path, id="", **host.put_archive(tmp_path, (NEW, []))))
+    assert host.images[OTHER]["RepoTags"] == ["operators/own:build"]
+
+
+def test_an_image_that_the_service_can_go_back_to_is_not_pruned(tmp_path: Path) -> None:
+    """A stopped service has no container that would hold it."""
+    host = HostDouble()
+    found = base.Found(host.put(OLD, "my/test:1"), "x", "disk", False, "my/test:1")
+    for name in ("reap-runtime:good", "reap-runtime:failed", "reap-runtime:now"):
+        patch(host, found, name)
+    service, running = tmp_path / "service.json", tmp_path / "running.json"
+    generations = tmp_path / "state" / "generations"
+    generations.mkdir(parents=True)
+    service.write_text(json.dumps({"image": "reap-runtime:failed", "state_dir": str(tmp_path / "state")}))
+    (generations / "good.json").write_text(json.dumps({"image": "reap-runtime:good"}))
+    served = derived.served_images(service, running)
+    assert served == {"reap-runtime:good", "reap-runtime:failed"}
+    assert derived.prune(host, "reap-runtime:now", 0, served) == []  # type: ignore[arg-type]
+    service.write_text("{")
+    assert derived.served_images(service, running) is None
+    assert derived.prune(host, "reap-runtime:now", 0, None) == []  # type: ignore[arg-type]
+    service.unlink()
+    assert derived.served_images(service, running) == set()
+
+
+def test_a_pull_that_gets_further_with_each_try_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reap.images.base.time.sleep", lambda _seconds: None)
+    tries: list[int] = []
+
+    class Breaks(HostDouble):
+        def lines(self, method: str, target: str, **_: Any) -> Iterator[dict[str, Any]]:
+            tries.append(len(tries))
+            for layer in range(len(tries)):
+                yield {"id": str(layer), "status": "Already exists" if layer < len(tries) - 1 else "Download complete"}
+            if len(tries) < 8:
+                raise EngineError("unexpected EOF")
+            self.put(IMAGE_ID)
+
+    assert have(Breaks(), spec(tmp_path))[0].source == "registry"
+    assert len(tries) == 8
+
+
+def test_a_pull_that_gets_no_further_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reap.images.base.time.sleep", lambda _seconds: None)
+
+    class Stuck(HostDouble):
+        def lines(self, method: str, target: str, **_: Any) -> Iterator[dict[str, Any]]:
+            yield {"id": "a", "status": "Downloading", "progressDetail": {"current": 10, "total": 100}}
+            raise EngineError("unexpected EOF")
+
+    with pytest.raises(ReapError, match="unexpected EOF"):
+        have(Stuck(), spec(tmp_path))
+
+
+@pytest.mark.parametrize("gpus", [True, False])
+def test_a_self_test_without_the_gpu_that_was_asked_for_is_refused(gpus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = HostDouble()
+    found = base.Found(host.put(OLD, "my/test:1"), "x", "disk", False, "my/test:1")
+    build = derived.Build.of({"name": "reap-runtime:x", "patch_set": "p" * 64, "identity": DIGEST, "gpus": gpus})
+    monkeypatch.setattr(derived, "_worker", lambda *_arguments, **_named: "worker")
+    monkeypatch.setattr(derived, "_run", lambda *_arguments: (0, {"ok": True, "device": "cpu"}, ""))
+    if gpus:
+        with pytest.raises(ReapError, match="found no GPU, wanted one"):
+            derived._selftest(host, build, found, "candidate", [])  # type: ignore[arg-type]
+    else:
+        assert derived._selftest(host, build, found, "candidate", [])["ok"]  # type: ignore[arg-type]
 
 
 def test_every_patched_image_goes_that_is_older_named_or_not(tmp_path: Path) -> None:
@@ -553,6 +631,34 @@ def served(tmp_path: Path) -> Iterator[Callable[..., tuple[Engine, list[Any]]]]:
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_answer_that_is_cut_off_is_no_end(tmp_path: Path, whole: bool) -> None:
+    """An engine that dies in the midst of a pull."""
+    said = b'{"status": "x"}\n'
+    sent = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(said), said)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "s"))
+    listener.listen()
+
+    def answer() -> None:
+        connection, _ = listener.accept()
+        connection.recv(65536)
+        connection.sendall(sent + (b"0\r\n\r\n" if whole else b""))
+        connection.close()
+
+    for call in ("lines", "call"):
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        engine = Engine(str(tmp_path / "s"))
+        if whole:
+            assert list(engine.lines("GET", "/x")) if call == "lines" else engine.call("GET", "/x")
+        else:
+            with pytest.raises(EngineError, match="answer broke off"):
+                _ = list(engine.lines("GET", "/x")) if call == "lines" else engine.call("GET", "/x")
+        thread.join()
+    listener.close()
 
 
 def test_credentials_go_in_a_header_of_the_one_request(served: Callable[..., tuple[Engine, list[Any]]]) -> None:

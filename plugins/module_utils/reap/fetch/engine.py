@@ -139,9 +139,10 @@ class _Run:
         good, bad = self._rehash(dest, {name: record.files[name].want() for name in names})
         if bad:
             self.outcome.repaired += sorted(bad.values())
-            self.partial.take_back()
+            # Before the folder goes back: after a kill, the next run would trust their sizes and times.
             for name in bad:
-                (self.partial.folder / name).unlink(missing_ok=True)
+                (dest / name).unlink(missing_ok=True)
+            self.partial.take_back()
             self.partial.journal.add_all(good.values())
             return False
         if request.expect:

@@ -31,6 +31,16 @@ def _die_with_parent(parent: int) -> None:
         raise SystemExit(0)
 
 
+def _from_the_hub(response: Any) -> bool:
+    """Whether the hub itself answered, and not a host that it sent the request to."""
+    try:
+        asked = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+        answered = urlsplit(str(response.request.url))
+    except (AttributeError, RuntimeError, ValueError):
+        return True
+    return (answered.hostname, answered.port) == (asked.hostname, asked.port)
+
+
 class _Tell(logging.Handler):
     """Hands the library's warnings to the parent: a wait that the hub asked for is no stall."""
 
@@ -82,6 +92,9 @@ def describe(error: BaseException) -> dict[str, Any]:
         kind = "revision"
     elif "EntryNotFoundError" in names:
         kind = "file"
+    elif status in (401, 403) and not _from_the_hub(response):
+        # A storage host: the address that the hub signed has expired, and the next try gets a new one.
+        kind = "network"
     elif status in (401, 403):
         kind = "auth"
     elif "RepositoryNotFoundError" in names:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -248,9 +249,10 @@ def _pull(engine: Engine, spec: Spec, progress: Progress, secrets: Mapping[str, 
     headers = {}
     if secrets.get("REAP_REGISTRY_USER") and secrets.get("REAP_REGISTRY_PASSWORD"):
         headers = auth_header(registry, secrets["REAP_REGISTRY_USER"], secrets["REAP_REGISTRY_PASSWORD"])
-    best, left = -1, ATTEMPTS
+    best, left = (0, 0), ATTEMPTS
+    # One for all tries: a layer that is there from an earlier one counts.
+    layers = _Layers(progress)
     while True:
-        layers = _Layers(progress)
         try:
             for line in engine.lines(
                 "POST", "/images/create", query=_pull_query(reference), headers=headers, timeout=600
@@ -263,8 +265,9 @@ def _pull(engine: Engine, spec: Spec, progress: Progress, secrets: Mapping[str, 
             message = str(error)
             if _final(message):
                 raise ReapError(_explain(message, reference, registry)) from error
-            left = ATTEMPTS if layers.done > best and best >= 0 else left - 1
-            best = max(best, layers.done)
+            reached = (len(layers.finished), layers.done)
+            left = ATTEMPTS if reached > best else left - 1
+            best = max(best, reached)
             if left <= 0:
                 raise ReapError(_explain(message, reference, registry)) from error
             progress.update(detail=f"broke off ({message[:80]}), goes on in a moment")
@@ -295,6 +298,7 @@ class _Layers:
         self.progress = progress
         self.current: dict[str, int] = {}
         self.total: dict[str, int] = {}
+        self.finished: set[str] = set()
         self.done = 0
 
     def take(self, line: Mapping[str, Any]) -> None:
@@ -302,7 +306,8 @@ class _Layers:
         if status == "Downloading":
             self.current[layer] = int(detail.get("current") or 0)
             self.total[layer] = max(int(detail.get("total") or 0), self.current[layer])
-        elif status in ("Download complete", "Pull complete", "Verifying Checksum", "Extracting"):
+        elif status in ("Download complete", "Pull complete", "Verifying Checksum", "Extracting", "Already exists"):
+            self.finished.add(layer)
             self.current[layer] = self.total.get(layer, self.current.get(layer, 0))
         self.done = sum(self.current.values())
         self.progress.update(self.done, total=sum(self.total.values()) or None, detail=status)
@@ -339,6 +344,9 @@ def _explain(message: str, reference: str, registry: str) -> str:
 
 # Saved archive
 
+# What the engine says of each name, or of an image without one.
+_LOADED = re.compile(r"Loaded image(?: ID)?: (\S+)")
+
 
 def _load(engine: Engine, spec: Spec, progress: Progress) -> Found:
     wanted = _archive_sum(spec)
@@ -357,15 +365,18 @@ def _load(engine: Engine, spec: Spec, progress: Progress) -> Found:
             temporary.unlink(missing_ok=True)
         raise ReapError(f"archive {spec.archive} has sha256 {got}, wanted {wanted}: fetch it again; nothing was loaded")
     before = engine.call("GET", "/images/json") or []
+    brought: list[str] = []
     progress.update(detail="loading the archive")
     with path.open("rb") as archive:
         for line in engine.lines("POST", "/images/load", query={"quiet": 1}, body=archive, timeout=None):
             if "error" in line:
                 raise EngineError(f"archive {path} cannot be loaded: {line['error']}")
+            brought += _LOADED.findall(str(line.get("stream", "")))
     if temporary:
         temporary.unlink(missing_ok=True)
-    after = engine.call("GET", "/images/json") or []
-    new = sorted({entry["Id"] for entry in after} - {entry["Id"] for entry in before})
+    # Only what the archive held: others may pull and build meanwhile.
+    held = {name: image["Id"] for name in brought if (image := engine.image(name))}
+    new = sorted(set(held.values()) - {entry["Id"] for entry in before})
     found = locate(engine, spec)
     if found is None and not spec.override and not spec.id and len(new) == 1:
         # A saved image has lost its repo digest, and no image ID is pinned: the checked archive is what speaks for it.
@@ -373,7 +384,7 @@ def _load(engine: Engine, spec: Spec, progress: Progress) -> Found:
         _remember(spec, archives={wanted: found.id})
     if found and not spec.override:
         engine.tag(found.id, *spec.kept_name)
-    _restore_names(engine, before, after, spec.override)
+    _restore_names(engine, before, held, spec.override)
     left = [image for image in new if not (found and image == found.id) and not _gone(engine, image)]
     if found is None:
         fate = f"{', '.join(left)} stays on the host, because something uses it" if left else "it was unloaded"
@@ -384,16 +395,21 @@ def _load(engine: Engine, spec: Spec, progress: Progress) -> Found:
     return replace(found, source="archive")
 
 
-def _restore_names(engine: Engine, before: list[dict[str, Any]], after: list[dict[str, Any]], wanted: str) -> None:
-    """Take back the names that an archive brought or moved; they are its maker's, and would keep images for ever."""
+def _restore_names(engine: Engine, before: list[dict[str, Any]], held: Mapping[str, str], wanted: str) -> None:
+    """Take back the names that an archive brought or moved; they are its maker's, and would keep images for ever.
+
+    Args:
+        held: what the engine said it loaded, names and IDs, and the ID of each.
+    """
     had = {name: entry["Id"] for entry in before for name in tags_of(entry)}
-    for entry in after:
-        for name in tags_of(entry):
-            if name not in had and name != wanted:
-                engine.remove_image(name)
-            elif had.get(name, entry["Id"]) != entry["Id"]:
-                repository, _, tag = name.rpartition(":")
-                engine.tag(had[name], repository, tag)
+    for name, image in held.items():
+        if name == image:
+            continue
+        if name not in had and name != wanted:
+            engine.remove_image(name)
+        elif had.get(name, image) != image:
+            repository, _, tag = name.rpartition(":")
+            engine.tag(had[name], repository, tag)
 
 
 def _gone(engine: Engine, image: str) -> bool:

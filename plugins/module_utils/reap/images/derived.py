@@ -11,7 +11,7 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ SELFTEST_TIMEOUT_S = 900.0
 SELFTEST_KB = 1024 * 1024
 SELFTEST_GPU_KB = 2 * 1024 * 1024
 WATCHDOG_STATE = Path("/run/reap/watchdog.json")
+SERVICE_FILE = Path("/etc/reap/service.json")
+SERVICE_STATE = Path("/run/reap/service.json")
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,8 @@ def ensure(engine: Engine, build: Build, base: Found, program: Path, progress: P
             engine.remove_container(container)
         if candidate:
             engine.remove_image(candidate)
-    return {"image": build.name, "id": image, "report": report, "pruned": prune(engine, build.name, build.keep)}, True
+    pruned = prune(engine, build.name, build.keep, served_images())
+    return {"image": build.name, "id": image, "report": report, "pruned": pruned}, True
 
 
 def _json(value: Any) -> bytes:
@@ -320,6 +323,11 @@ def _selftest(engine: Engine, build: Build, base: Found, candidate: str, work: l
     if status != 0 or not outcome.get("ok"):
         said = outcome.get("problem") or output.strip()[-400:]
         raise ReapError(f"the patched router failed its self-test in {base.reference}: {said}")
+    if build.gpus and outcome.get("device") == "cpu":
+        raise ReapError(
+            f"the self-test in {base.reference} found no GPU, wanted one: its kernels were not tried. Look at "
+            "nvidia-smi and at the container toolkit, or set vllm_patches_gpus to false where there is no GPU"
+        )
     return outcome
 
 
@@ -340,8 +348,29 @@ def sweep(engine: Engine) -> list[str]:
     return [entry["Id"] for entry in _patched(engine, LABEL_CANDIDATE) if engine.remove_image(entry["Id"])]
 
 
-def prune(engine: Engine, current: str = "", keep: int = 0) -> list[str]:
+def served_images(service_file: Path = SERVICE_FILE, running: Path = SERVICE_STATE) -> set[str] | None:
+    """Images that the service is to run, runs, or could go back to, by name; None where that cannot be known.
+
+    A stopped service has no container that would hold its image.
+    """
+    files = [path for path in (service_file, running) if path.exists()]
+    found: set[str] = set()
+    try:
+        if service_file.exists():
+            state = json.loads(service_file.read_text(encoding="utf-8"))["state_dir"]
+            files += sorted((Path(state) / "generations").glob("*.json"))
+        for path in files:
+            image = json.loads(path.read_text(encoding="utf-8")).get("image")
+            found |= {image} if isinstance(image, str) else set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return found
+
+
+def prune(engine: Engine, current: str = "", keep: int = 0, served: Collection[str] | None = ()) -> list[str]:
     """Remove patched images beyond the current one and `keep` older ones; what a container uses stays.
+
+    Those in `served` stay as well and are not counted; None removes nothing.
 
     An image whose name went to its successor has none: no generation can go back to it, so it is not one that is kept,
     and it goes by its ID. Names that somebody else gave stay.
@@ -349,9 +378,13 @@ def prune(engine: Engine, current: str = "", keep: int = 0) -> list[str]:
     Returns:
         Names and IDs that are gone. Without arguments every patched image goes that no container uses.
     """
+    if served is None:
+        return []
     older, nameless = [], []
     for entry in _patched(engine):
         tags = tags_of(entry)
+        if {*tags, str(entry["Id"])} & set(served):
+            continue
         own = [name for name in tags if name.startswith(f"{REPOSITORY}:") and name != current]
         older += [(int(entry["Created"]), name) for name in own]
         nameless += [] if tags else [str(entry["Id"])]

@@ -20,6 +20,7 @@ from typing import Any
 from ..errors import ReapError
 
 SOCKET = "/var/run/docker.sock"
+_BROKE_OFF = "the container engine's answer broke off: is docker.service up? see its journal"
 
 
 class EngineError(ReapError):
@@ -76,10 +77,9 @@ class Engine:
         try:
             connection.request(method, target, body, sent)
             answer = connection.getresponse()
-        except OSError as error:
-            raise EngineError(
-                f"no container engine answers at {self.path}: {error.strerror or error}: start docker.service"
-            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise EngineError(f"no container engine answers at {self.path}: {reason}: start docker.service") from error
         if answer.status >= 400:
             text = answer.read().decode(errors="replace")
             try:
@@ -91,15 +91,25 @@ class Engine:
 
     def call(self, method: str, target: str, **options: Any) -> Any:
         """Send a request and return its JSON answer, None for an empty one."""
-        text = self.open(method, target, **options).read()
+        answer = self.open(method, target, **options)
+        try:
+            text = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise EngineError(_BROKE_OFF) from error
         return json.loads(text) if text.strip() else None
 
     def lines(self, method: str, target: str, **options: Any) -> Iterator[dict[str, Any]]:
         """Send a request whose answer is one JSON object after another."""
         answer = self.open(method, target, **options)
-        for line in iter(answer.readline, b""):
-            if line.strip():
-                yield json.loads(line)
+        try:
+            for line in iter(answer.readline, b""):
+                if line.strip():
+                    yield json.loads(line)
+        except (OSError, http.client.HTTPException) as error:
+            raise EngineError(_BROKE_OFF) from error
+        # An answer in chunks that is cut off looks like its end to readline; after the last chunk this is None.
+        if getattr(answer, "chunked", False) and answer.chunk_left is not None:
+            raise EngineError(_BROKE_OFF)
 
     # Images
 
