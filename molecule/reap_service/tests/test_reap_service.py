@@ -267,6 +267,9 @@ def test_a_generation_that_cannot_serve_gives_way_and_no_key_is_told(service: Se
     # With the new key.
     assert host.file("/etc/reap/api-key").content_string.strip() == OTHER_KEY
     assert service.answers()
+    ask = f"curl -s -o /dev/null -w '%{{http_code}}' {TRUST}"
+    assert service.run(f"{ask} {HEADERS} {PROXY}/v1/models") == "200"
+    assert service.run(f"{ask} -H 'Authorization: Bearer {KEY}' {PROXY}/v1/models") == "401"
     assert "NOT sim-needle-32k-" in service.status()["line"]
 
 

@@ -67,7 +67,8 @@ def test_every_default_is_explained_in_the_defaults_file(role: str) -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_main_names_steps_only_and_tags_each(role: str) -> None:
     tasks = yaml.safe_load((ROOT / "roles" / role / "tasks" / "main.yml").read_text(encoding="utf-8"))
-    for task in tasks:
+    steps = [step for task in tasks for step in ([*task["block"], *task["always"]] if "block" in task else [task])]
+    for task in steps:
         assert {"ansible.builtin.import_tasks", "ansible.builtin.include_tasks"} & set(task), task["name"]
         assert any(str(tag).startswith(role) for tag in task.get("tags", [])), task["name"]
 

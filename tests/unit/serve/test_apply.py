@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -57,3 +59,50 @@ def test_a_doubted_generation_has_to_prove_itself_again(bench: Bench) -> None:
     record.doubt(config.generation)
     record.doubt(config.generation)
     assert record.good == []
+
+
+def test_a_generation_that_is_asked_for_again_has_to_prove_itself_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It served once; should it not come up any more, the one that served last is the way back."""
+    for name, value in bench.environment().items():
+        monkeypatch.setenv(name, value)
+    bench.tell("engine/unit", UNIT.replace("=active", "=inactive"))
+    record = Generations(bench.state_dir)
+    first = ServiceConfig.read(bench.config_path)
+    record.serves(first)
+    bench.image("other")
+    second = bench.configure(image="other")
+    record.serves(ServiceConfig.read(bench.config_path))
+    bench.configure()
+    monkeypatch.setattr("reap.serve.apply._result", lambda *_arguments: None)
+    apply(bench.config_path)
+    assert record.good == [second]
+
+
+def test_a_record_that_cannot_be_written_ends_no_model(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    said: list[str] = []
+    record = Generations(bench.state_dir, said.append)
+    config = ServiceConfig.read(bench.config_path)
+    monkeypatch.setattr("reap.serve.generations.write_json", full)
+    monkeypatch.setattr("reap.serve.generations.write_text", full)
+    record.serves(config)
+    assert record.good == [config.generation]
+    assert "No space left" in said[0]
+    with pytest.raises(OSError, match="No space left"):
+        record.begin("another")
+    with pytest.raises(OSError, match="No space left"):
+        Generations(bench.state_dir).serves(config)
+
+
+def test_a_record_is_written_when_it_changes_and_only_then(bench: Bench) -> None:
+    record = Generations(bench.state_dir)
+    config = ServiceConfig.read(bench.config_path)
+    record.serves(config)
+    files = sorted(bench.state_dir.rglob("*.json"))
+    before = [path.stat().st_ino for path in files]
+    record.serves(config)
+    assert [path.stat().st_ino for path in files] == before

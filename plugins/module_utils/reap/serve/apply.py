@@ -90,7 +90,9 @@ def apply(config_path: Path, *, check: bool = False) -> Outcome:
         # A provision is a person's word: what failed or latched before is tried again.
         generations = Generations(Path(wanted.state_dir))
         generations.forgive(wanted.generation)
-        if _other_image(wanted, state):
+        # One that is not what served last has to prove itself, even where it once did: it may not come up any more,
+        # and then the one that served last is the one to go back to.
+        if _other_image(wanted, state) or generations.good[:1] != [wanted.generation]:
             generations.doubt(wanted.generation)
         watchdog = Path(wanted.run_dir) / "watchdog.json"
         # A hold without a latch stays: it waits for memory, which no word of a person brings back.

@@ -7,7 +7,9 @@ served under; <state_dir>/generations.json says
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,19 @@ UNFINISHED_LIMIT = 2
 
 
 class Generations:
-    """The record of one host."""
+    """The record of one host.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        warn: hears of a record that cannot be written, which then holds for this process alone; a full disk is no
+            reason to end a model that serves. Without it such an error is raised, as :meth:`begin` does always.
+    """
+
+    def __init__(self, folder: Path, warn: Callable[[str], None] | None = None) -> None:
         self._folder = folder / "generations"
         self._file = folder / "generations.json"
+        self._warn = warn
+        # What could not be written, where a warning is enough.
+        self._unwritten: dict[str, Any] | None = None
 
     @property
     def good(self) -> list[str]:
@@ -51,26 +61,30 @@ class Generations:
         if record["attempts"][name] > UNFINISHED_LIMIT:
             reason = f"{UNFINISHED_LIMIT} loads never ended: the host or this process went down each time"
             record["failed"][name] = {"reason": reason, "at_unix": time.time()}
-        write_json(self._file, record)
+        # Raised in any case: nothing serves yet, and a load that is not counted could take the host down at every boot.
+        self._write(record, must=True)
 
     def undone(self, name: str) -> None:
         """The load was called off by a stop: it says nothing of the generation."""
         record = self._record()
         if record["attempts"].pop(name, None):
-            write_json(self._file, record)
+            self._write(record)
 
     def serves(self, config: ServiceConfig) -> None:
         """The generation is ready and answered: it is current from now on."""
         name = config.generation
-        write_json(self._folder / f"{name}.json", config.to_mapping())
-        settings = kept_settings(config)
-        if settings is not None:
-            write_text(self._folder / f"{name}.toml", settings, 0o644)
+        try:
+            self._keep(self._folder / f"{name}.json", json.dumps(config.to_mapping(), sort_keys=True) + "\n")
+            settings = kept_settings(config)
+            if settings is not None:
+                self._keep(self._folder / f"{name}.toml", settings)
+        except OSError as error:
+            self._warn_or_raise(error)
         record = self._record()
         record["good"] = [name, *(other for other in record["good"] if other != name)][:KEPT]
         record["failed"].pop(name, None)
         record["attempts"].pop(name, None)
-        write_json(self._file, record)
+        self._write(record)
         for file in [*self._folder.glob("*.json"), *self._folder.glob("*.toml")]:
             if file.stem not in record["good"]:
                 file.unlink()
@@ -80,21 +94,21 @@ class Generations:
         record = self._record()
         if name in record["good"]:
             record["good"].remove(name)
-            write_json(self._file, record)
+            self._write(record)
 
     def failed(self, name: str, reason: str) -> None:
         """The generation never served: it is not tried again until :meth:`forgive`."""
         record = self._record()
         record["failed"][name] = {"reason": reason, "at_unix": time.time()}
         record["attempts"].pop(name, None)
-        write_json(self._file, record)
+        self._write(record)
 
     def forgive(self, name: str) -> None:
         """Try a failed generation again at the next start."""
         record = self._record()
         failed, attempts = record["failed"].pop(name, None), record["attempts"].pop(name, None)
         if failed or attempts:
-            write_json(self._file, record)
+            self._write(record)
 
     def watchdog_settings(self, name: str) -> str | None:
         """The watchdog's settings that a generation served under; None where they are not known."""
@@ -103,7 +117,33 @@ class Generations:
         except OSError:
             return None
 
+    def _keep(self, path: Path, text: str) -> None:
+        """Write what is not there yet."""
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, text, 0o644)
+
+    def _write(self, record: dict[str, Any], *, must: bool = False) -> None:
+        if read_json(self._file) == record:
+            self._unwritten = None
+            return
+        try:
+            write_json(self._file, record)
+            self._unwritten = None
+        except OSError as error:
+            if must:
+                raise
+            self._unwritten = record
+            self._warn_or_raise(error)
+
+    def _warn_or_raise(self, error: OSError) -> None:
+        if self._warn is None:
+            raise error
+        self._warn(f"the record of generations cannot be written ({error}): it is kept in memory until the next start")
+
     def _record(self) -> dict[str, Any]:
+        if self._unwritten is not None:
+            return self._unwritten
         return {"good": [], "failed": {}, "attempts": {}} | (read_json(self._file) or {})
 
     def config(self, name: str) -> ServiceConfig | None:

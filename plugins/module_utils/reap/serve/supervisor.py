@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -49,6 +50,9 @@ UNIT = "reap.service"
 PATIENCE_S = 60
 """Given to systemd with every sign of life while a start or stop goes on."""
 
+TIMINGS_S = 10.0
+"""How often the times are read again while the model serves."""
+
 
 class Supervisor:
     """One run of ``reap serve``."""
@@ -75,7 +79,7 @@ class Supervisor:
         self._state = ServiceState(run_dir / "service.json", CONTAINER_NAME)
         self._progress_path = run_dir / "progress" / "model_load.json"
         self._restarts = Restarts(run_dir / "restarts.json")
-        self._generations = Generations(Path(self._wanted.state_dir))
+        self._generations = Generations(Path(self._wanted.state_dir), lambda text: self._say(text, error=True))
         self._client: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._tail: deque[str] = deque(maxlen=200)
@@ -83,6 +87,7 @@ class Supervisor:
         self._segments: set[str] = set()
         self._watchdog_before: dict[str, Any] = {}
         self._gate = Gate(run_dir / "gate")
+        self._is_ready = False
 
     def run(self) -> int:
         """Serve until asked to stop or until serving fails; returns the exit status."""
@@ -144,7 +149,8 @@ class Supervisor:
         assert previous is not None
         self._give_back_the_watchdog(previous)
         try:
-            self._serve(previous, {"generation": name, "reason": reason})
+            # With the times of now: they belong to the host, not to the generation.
+            self._serve(replace(previous, timings=wanted.timings), {"generation": name, "reason": reason})
         except Failure as failure:
             text = f"generation {name} failed: {reason}; the previous one, {previous.generation}, failed too: {failure}"
             raise Failure(text, permanent=failure.permanent) from failure
@@ -209,6 +215,7 @@ class Supervisor:
         self._state.publish(phase="serving", detail=text, progress=None)
         self._say(text)
         self._notifier.send("READY=1")
+        self._is_ready = True
         self._watch(config, key)
 
     # ---- before the load -----------------------------------------------------------------------------------------
@@ -394,13 +401,16 @@ class Supervisor:
         endpoint = Endpoint(config.endpoint, key)
         position: tuple[int, float] | None = None
         moved = waiting_since = time.monotonic()
-        looked = 0.0
+        looked = read = 0.0
+        stall_s = config.timings.stall_s
         asking: threading.Thread | None = None
         samples: deque[dict[str, Any]] = deque(maxlen=200)
         while True:
             self._raise_if_over()
             now = time.monotonic()
-            stall_s = config.timings.stall_s
+            if now - read >= TIMINGS_S:
+                # They may change while the model serves, without a new generation.
+                read, stall_s = now, self._timings().stall_s
             if stall_s and now - looked >= min(10.0, stall_s / 4):
                 looked = now
                 self._note_segments()
@@ -458,7 +468,9 @@ class Supervisor:
         if client.poll() is None:
             serving = self._state["phase"] == "serving"
             self._state.publish(phase="stopping", detail="stopping", progress=None)
-            self._notifier.send("STOPPING=1")
+            # Not on the way to the generation before: some systemd hears no READY=1 after it.
+            if self._is_ready or self._stop_asked.is_set():
+                self._notifier.send("STOPPING=1")
             if serving and self._stop_asked.is_set():
                 self._drain(timings.drain_s)
             self._note_segments()

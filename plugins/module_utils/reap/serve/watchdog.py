@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import time
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import ReapError
+from ..watch.config import from_dict
 from .config import ServiceConfig
 from .state import alive, read_json, write_text
 
@@ -62,9 +64,26 @@ def give_back(config: ServiceConfig, settings: str) -> None:
     """Make the watchdog guard by the settings that a generation served under: its floor may be another one.
 
     Raises:
-        ReapError: they could not be written, or no watchdog guarded with them in time.
+        ReapError: this program cannot read them, they could not be written, or no watchdog guarded with them in time.
+            Nothing was changed in the first two cases; in the last the settings of before are there again.
     """
     path, run_dir = Path(config.watchdog_settings), Path(config.run_dir)
+    try:
+        from_dict(tomllib.loads(settings), "the kept file")
+    except (ReapError, tomllib.TOMLDecodeError) as error:
+        raise ReapError(
+            f"the watchdog keeps the settings it has: those kept of {config.generation} cannot be used: {error}"
+        ) from error
+    had = kept_settings(config)
+    try:
+        _guard_by(settings, path, run_dir)
+    except ReapError:
+        if had is not None:
+            _guard_by(had, path, run_dir)
+        raise
+
+
+def _guard_by(settings: str, path: Path, run_dir: Path) -> None:
     before = state_of(run_dir).get("pid")
     try:
         write_text(path, settings, 0o644)

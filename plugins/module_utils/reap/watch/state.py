@@ -125,7 +125,10 @@ def write_atomic(path: Path, text: str, mode: int = 0o644) -> None:
     try:
         fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         try:
-            os.write(fd, text.encode("utf-8"))
+            # A disk that is nearly full takes a part, and says so at the next write only.
+            left = memoryview(text.encode("utf-8"))
+            while left:
+                left = left[os.write(fd, left) :]
         finally:
             os.close(fd)
         beside.replace(path)
