@@ -231,7 +231,7 @@ def image_disk(image: dict[str, Any]) -> dict[str, Any]:
     root, there = "/var/lib/docker", False
     try:
         engine = Engine()
-        root = str(engine.call("GET", "/info").get("DockerRootDir") or root)
+        root = bases.store_root(engine.call("GET", "/info"))
         there = bases.locate(engine, bases.Spec.of(image)) is not None
     except ReapError:
         pass

@@ -204,10 +204,15 @@ connection = socket.create_connection(('127.0.0.1', 8000))
 connection.sendall(text.encode())
 time.sleep(600)
 """
-    service.run(f"cat > /tmp/client.py <<'EOF'\n{client}\nEOF\nsystemd-run --unit=client python3 /tmp/client.py")
-    busy = "curl -s http://127.0.0.1:8000/metrics | grep -E '^vllm:num_requests_(running|waiting).* [1-9]'"
-    await_true(lambda: service.run(busy, good=(0, 1)), "the request")
-    service.run("systemctl stop reap.service")
+    service.run(f"cat > /tmp/client.py <<'EOF'\n{client}\nEOF")
+    busy = "curl -s http://127.0.0.1:8000/metrics | grep -qE '^vllm:num_requests_(running|waiting).* [1-9]'"
+    # All on the host, in one go: a connection to it may take as long as the answer.
+    steps = [
+        "systemd-run --unit=client python3 /tmp/client.py",
+        f"until {busy}; do systemctl is-active -q client || exit 9; sleep 0.1; done",
+        "systemctl stop reap.service",
+    ]
+    service.run(f"timeout 300 sh -ec {shlex.quote('; '.join(steps))}")
     service.run("systemctl stop client", good=(0, 5))
     assert service.show("Result") == "success"
     assert service.status()["phase"] == "absent"

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from reap.errors import ReapError
-from reap.fetch import manifest
+from reap.fetch import manifest, worker
 from reap.fetch import store as store_module
 from reap.fetch.plan import Want
 from reap.fetch.state import inspect
@@ -110,6 +110,11 @@ def test_a_pause_that_the_hub_asks_for_is_no_stall(site: Site) -> None:
     site.fetch(settings={"stall_s": 1.0})
     assert site.is_whole()
     assert len([line for line in site.got() if line["status"] == 429]) == 1
+
+
+def test_what_signs_an_address_is_told_nowhere() -> None:
+    hidden = worker._hide("GET https://cdn.example/a/b?X-Amz-Signature=abc&Policy=x timed out")
+    assert hidden == "GET https://cdn.example/a/b?*** timed out"
 
 
 @pytest.mark.parametrize(

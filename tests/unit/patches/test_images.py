@@ -678,3 +678,60 @@ def test_an_engines_message_becomes_the_error(served: Callable[..., tuple[Engine
 def test_an_image_that_is_not_there_is_none(served: Callable[..., tuple[Engine, list[Any]]]) -> None:
     engine, _ = served(404, b'{"message": "No such image"}')
     assert engine.image("a/b") is None
+
+
+@pytest.mark.parametrize(
+    ("info", "root"),
+    [
+        ({"DockerRootDir": "/srv/docker", "DriverStatus": [["Backing Filesystem", "extfs"]]}, "/srv/docker"),
+        (
+            {
+                "DockerRootDir": "/srv/docker",
+                "DriverStatus": [["driver-type", "io.containerd.snapshotter.v1"]],
+                "Containerd": {"Address": "/run/containerd/containerd.sock"},
+            },
+            "/var/lib/containerd",
+        ),
+        (
+            {
+                "DockerRootDir": "/srv/docker",
+                "DriverStatus": [["driver-type", "io.containerd.snapshotter.v1"]],
+                "Containerd": {"Address": "/var/run/docker/containerd/containerd.sock"},
+            },
+            "/srv/docker",
+        ),
+    ],
+)
+def test_room_is_looked_for_where_the_engine_keeps_its_images(info: dict[str, Any], root: str) -> None:
+    assert base.store_root(info) == root
+
+
+def test_an_archive_is_fetched_on_where_a_connection_ended_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = bytes(range(256)) * 4096
+    begun: list[int] = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            at = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            begun.append(at)
+            self.send_response(206 if at else 200)
+            self.send_header("Content-Length", str(len(content) - at))
+            self.end_headers()
+            self.wfile.write(content[at:][: 400_000 if len(begun) < 3 else None])
+
+        def log_message(self, *_arguments: object) -> None:
+            """Quiet."""
+
+    monkeypatch.setattr(base.time, "sleep", lambda _s: None)
+    host = HostDouble()
+    host.archive = [(NEW, ["my/test:1"])]
+    with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/a.tar"
+        digest = hashlib.sha256(content).hexdigest()
+        found, _ = have(host, spec(tmp_path, override="my/test:1", archive=address, archive_sha256=digest))
+        server.shutdown()
+    assert (found.id, found.source) == (NEW, "archive")
+    assert begun == [0, 400_000, 800_000]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from reap.serve.apply import apply
+from reap.serve.apply import Outcome, apply, rollback
 from reap.serve.config import ServiceConfig
 from reap.serve.generations import Generations
 
@@ -106,3 +106,25 @@ def test_a_record_is_written_when_it_changes_and_only_then(bench: Bench) -> None
     before = [path.stat().st_ino for path in files]
     record.serves(config)
     assert [path.stat().st_ino for path in files] == before
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_a_generation_that_failed_its_verification_is_none_to_go_back_to(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, forget: bool
+) -> None:
+    for name, value in bench.environment().items():
+        monkeypatch.setenv(name, value)
+    bench.tell("engine/unit", UNIT.replace("=active", "=inactive"))
+    record = Generations(bench.state_dir)
+    record.serves(ServiceConfig.read(bench.config_path))
+    bench.image("other")
+    left = bench.configure(image="other")
+    record.serves(ServiceConfig.read(bench.config_path))
+
+    def served(config: ServiceConfig, *_arguments: object) -> Outcome:
+        record.serves(config)
+        return Outcome(True, config.generation, config.endpoint, "serves")
+
+    monkeypatch.setattr("reap.serve.apply._result", served)
+    rollback(bench.config_path, forget=forget)
+    assert (left in record.good) is not forget

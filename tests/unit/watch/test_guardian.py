@@ -461,3 +461,22 @@ def test_a_damaged_state_file_is_said_and_the_last_one_kept(host: Host) -> None:
     await_true(lambda: host.events("problem"), "the problem")
     host.set_memory(310_000)
     host.await_killed(process)
+
+
+def test_a_refusal_is_told_to_systemd_and_not_repeated_at_once(host: Host) -> None:
+    host.settings.write_text("floor_kb = 'much'\n")
+    address = host.folder / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard:
+        heard.bind(str(address))
+        heard.settimeout(AWAIT_S)
+        command = [sys.executable, "-m", "reap", "watch", "--config", str(host.settings)]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY / "plugins/module_utils"),
+            "NOTIFY_SOCKET": str(address),
+        }
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            assert heard.recv(4096).startswith(b"STATUS=guards nothing: ")
+            assert process.poll() is None
+            assert "floor_kb" in process.communicate(timeout=AWAIT_S)[1]
+            assert process.returncode == 2

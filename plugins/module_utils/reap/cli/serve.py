@@ -35,13 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OUT",
         help="write the API key as the proxy reads it; say if that is new",
     )
+    parser.add_argument(
+        "--forget", action="store_true", help="with --rollback: never go back to the generation that is left"
+    )
     parser.add_argument("--check", action="store_true", help="with --apply: only say what would be done")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run it; the exit statuses of the service itself are in :mod:`reap.serve.supervisor`."""
     if args.apply or args.rollback:
-        outcome = rollback(args.config) if args.rollback else apply(args.config, check=args.check)
+        outcome = rollback(args.config, forget=args.forget) if args.rollback else apply(args.config, check=args.check)
         print(json.dumps(outcome.to_mapping()))
         return 1 if outcome.error else 0
     if args.clean_up:

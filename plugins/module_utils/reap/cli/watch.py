@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from pathlib import Path
 
 from ..errors import ReapError
@@ -15,7 +16,8 @@ from ..watch.loop import Guardian
 HELP = "guard the host's memory and stop the model before the host freezes"
 
 
-# The guard looks for signals at least four times a second.
+# As a unit that systemd starts again at once, it would otherwise fill the journal with the same line for ever.
+_PAUSE_AFTER_REFUSAL_S = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,12 +33,23 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0; 1 when the settings do not fit profile or host, or a replayed series did not go as expected."""
     if args.replay is not None:
         return _replay(args.replay)
-    settings = load(args.config)
-    if args.check:
-        return _check(settings, args.config)
-    if args.lift:
-        return _lift(settings.paths.state)
-    return Guardian(settings, dict(os.environ)).run()
+    if args.check or args.lift:
+        settings = load(args.config)
+        return _check(settings, args.config) if args.check else _lift(settings.paths.state)
+    try:
+        return Guardian(load(args.config), dict(os.environ)).run()
+    except ReapError as error:
+        _tell_systemd(error)
+        raise
+
+
+def _tell_systemd(error: ReapError) -> None:
+    from ..serve.notify import Notifier
+
+    notifier = Notifier()
+    if notifier.listens:
+        notifier.status(f"guards nothing: {error}")
+        time.sleep(_PAUSE_AFTER_REFUSAL_S)
 
 
 def _check(settings: Settings, path: Path) -> int:

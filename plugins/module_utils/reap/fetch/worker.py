@@ -13,6 +13,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -41,6 +42,10 @@ def _from_the_hub(response: Any) -> bool:
     return (answered.hostname, answered.port) == (asked.hostname, asked.port)
 
 
+# The query of an address.
+_SIGNED = re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>]*")
+
+
 class _Tell(logging.Handler):
     """Hands the library's warnings to the parent: a wait that the hub asked for is no stall."""
 
@@ -54,9 +59,12 @@ def _answer(message: dict[str, Any]) -> None:
 
 
 def _hide(text: str) -> str:
-    """Without the token, which a hub's message can quote. Before it is cut: half a token would not be known again."""
+    """Without the token, which a hub's message can quote, and without what signs a storage host's address.
+
+    Before it is cut: half a token would not be known again.
+    """
     token = os.environ.get("HF_TOKEN")
-    return text.replace(token, "***") if token else text
+    return _SIGNED.sub(r"\1?***", text.replace(token, "***") if token else text)
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,11 +6,14 @@ the containerd store the manifest's, so either of the two pinned values may be e
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import http.client
 import json
 import os
 import re
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +29,7 @@ KEEP_REPOSITORY, CUTLASS_REPOSITORY = "reap-base", "reap-base-cutlass"
 # A pull that brought nothing new is tried again this often; one that got further starts counting anew.
 ATTEMPTS = 3
 GB = 1e9
+CONTAINERD_ROOT = "/var/lib/containerd"
 
 
 @dataclass(frozen=True)
@@ -185,9 +189,21 @@ def _has_digest(image: Mapping[str, Any], digest: str) -> bool:
     return any(name.rpartition("@")[2] == digest for name in image.get("RepoDigests") or [])
 
 
+def store_root(info: Mapping[str, Any]) -> str:
+    """The folder that holds an engine's images, from its ``/info``.
+
+    The containerd image store, which a new Docker 29 uses, is containerd's own folder; only a containerd that the
+    engine started itself lies below the engine's.
+    """
+    root = str(info.get("DockerRootDir") or "/var/lib/docker")
+    by_containerd = ["driver-type", "io.containerd.snapshotter.v1"] in (info.get("DriverStatus") or [])
+    address = str((info.get("Containerd") or {}).get("Address", ""))
+    return CONTAINERD_ROOT if by_containerd and address.startswith("/run/containerd/") else root
+
+
 def free_bytes(engine: Engine) -> tuple[str, int]:
-    """The engine's root and the bytes free there."""
-    root = str(engine.call("GET", "/info").get("DockerRootDir") or "/var/lib/docker")
+    """Where the engine keeps its images, and the bytes free there."""
+    root = store_root(engine.call("GET", "/info"))
     place = Path(root)
     while not place.exists():
         place = place.parent
@@ -200,7 +216,7 @@ def _check_space(engine: Engine, needed: int, what: str) -> None:
     if free < needed:
         raise ReapError(
             f"{root} has {free / GB:.1f} GB free, {what} needs {needed / GB:.1f} GB packed and unpacked: "
-            "free space there or move the engine's data root; nothing was downloaded"
+            "free space there or move the engine's data root; nothing was brought"
         )
 
 
@@ -353,6 +369,8 @@ def _load(engine: Engine, spec: Spec, progress: Progress) -> Found:
     path, temporary = Path(spec.archive), None
     if spec.archive.startswith(("http://", "https://")):
         temporary = path = Path(spec.state).parent / f"image-{wanted[:12]}.tar.partial"
+        # Before an hour of download, and not after it.
+        _check_space(engine, spec.free_bytes, "the archive's image")
         _download(spec.archive, path, progress)
     try:
         size = path.stat().st_size
@@ -429,27 +447,51 @@ def _sha256(path: Path, progress: Progress | None = None) -> str:
 
 
 def _download(url: str, path: Path, progress: Progress) -> None:
-    """Fetch a file, going on where an earlier try stopped."""
+    """Fetch a file, going on where an earlier try stopped, as long as each try brings something."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    have = path.stat().st_size if path.exists() else 0
+    failures = 0
+    while True:
+        before = _size(path)
+        try:
+            _download_rest(url, path, progress)
+            return
+        except (OSError, http.client.HTTPException) as error:
+            failures = 1 if _size(path) > before else failures + 1
+            final = isinstance(error, urllib.error.HTTPError) or getattr(error, "errno", None) == errno.ENOSPC
+            if final or failures >= ATTEMPTS:
+                raise ReapError(
+                    f"archive {url} cannot be fetched: {error}; what came is kept and the next run goes on"
+                ) from error
+            progress.update(detail=f"broke off ({str(error)[:80]}), goes on in a moment")
+            time.sleep(2.0 * failures)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _download_rest(url: str, path: Path, progress: Progress) -> None:
+    have = _size(path)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            resumed = answer.status == 206
-            have = have if resumed else 0
-            length = answer.headers.get("Content-Length")
-            total = have + int(length) if length else None
-            with path.open("ab" if resumed else "wb") as file:
-                while chunk := answer.read(1 << 20):
-                    file.write(chunk)
-                    have += len(chunk)
-                    progress.update(have, total=total, detail="downloading the archive")
-    except OSError as error:
-        if getattr(error, "code", None) == 416:
+        answer = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             return  # all of it is here; the checksum says whether it is right
-        raise ReapError(
-            f"archive {url} cannot be fetched: {error}; what came is kept and the next run goes on"
-        ) from error
+        raise
+    with answer:
+        resumed = answer.status == http.HTTPStatus.PARTIAL_CONTENT
+        have = have if resumed else 0
+        length = answer.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        with path.open("ab" if resumed else "wb") as file:
+            while chunk := answer.read(1 << 20):
+                file.write(chunk)
+                have += len(chunk)
+                progress.update(have, total=total, detail="downloading the archive")
+    # A connection that is closed early looks like an end.
+    if total is not None and have < total:
+        raise ConnectionError(f"the connection ended after {have} of {total} bytes")
 
 
 # The cutlass layer

@@ -105,10 +105,13 @@ def apply(config_path: Path, *, check: bool = False) -> Outcome:
     return _result(wanted, "; ".join(reasons) or "enabled", started)
 
 
-def rollback(config_path: Path) -> Outcome:
+def rollback(config_path: Path, *, forget: bool = False) -> Outcome:
     """Go back to the generation that served before the one that was asked for last.
 
     The file is replaced by that generation's; the next provision asks for its own again.
+
+    Args:
+        forget: the generation that is left served, but is none to go back to: it failed its verification.
 
     Raises:
         ReapError: no other generation ever served on this host, or the file is missing or wrong.
@@ -133,6 +136,8 @@ def rollback(config_path: Path) -> Outcome:
             _systemctl("stop", UNIT, may_fail=True)
         _give_back_the_watchdog(target, generations)
     outcome = apply(config_path)
+    if forget and not outcome.error:
+        generations.doubt(leaving)
     outcome.changed = True
     outcome.msg = f"went back from {leaving} to {target.generation}: {outcome.msg}"
     return outcome

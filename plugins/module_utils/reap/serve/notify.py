@@ -18,6 +18,11 @@ class Notifier:
         self._status = ""
         self._extended_to = 0.0
 
+    @property
+    def listens(self) -> bool:
+        """Whether systemd started this process and wants to hear of it."""
+        return bool(self._address)
+
     def send(self, *lines: str) -> None:
         """Send lines in one datagram; a socket that is gone is no reason to fail."""
         if not self._address:
