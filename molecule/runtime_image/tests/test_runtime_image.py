@@ -109,7 +109,7 @@ def test_a_disk_that_is_too_small(host: Host) -> None:
     rc, said = ensure(host, digest=ABSENT, id="", free_bytes=10**18)
     assert rc == 1
     assert "GB free" in said["msg"]
-    assert "nothing was downloaded" in said["msg"]
+    assert "nothing was brought" in said["msg"]
 
 
 def test_an_override_is_reported_as_unvalidated(host: Host) -> None:
