@@ -89,7 +89,7 @@ class Service:
         return str(self.state()["container_id"])
 
     def story(self) -> str:
-        return self.run("systemctl status reap reap-watchdog load --no-pager -l -n 15", (0, 3))
+        return self.run(f"systemctl status reap reap-watchdog load --no-pager -l -n 15; tail -n 30 {EVENTS}", (0, 1))
 
     def no_stop_was_decided_and_the_teardown_went_below_the_floor(self) -> None:
         await_true(

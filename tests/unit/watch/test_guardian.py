@@ -455,6 +455,18 @@ def test_it_stops_when_asked_and_says_so(host: Host) -> None:
     assert host.events()[-1]["event"] == "stop"
 
 
+def test_at_a_shutdown_the_end_of_the_service_is_told_however_soon_the_stop_comes(host: Host) -> None:
+    host.serve("stopping", None)
+    guard = host.start()
+    os.kill(guard.pid, signal.SIGSTOP)
+    host.serve("absent", None)
+    guard.terminate()
+    os.kill(guard.pid, signal.SIGCONT)
+    guard.communicate(timeout=AWAIT_S)
+    told = [f"{event['event']}:{event['phase']}" for event in host.events()]
+    assert told[-2:] == ["phase:absent", "stop:absent"]
+
+
 def test_a_damaged_state_file_is_said_and_the_last_one_kept(host: Host) -> None:
     process = serving(host)
     host.service_file.write_text("{")

@@ -100,6 +100,8 @@ class Guardian:
         # No cycle is made in the loop, and a collection at the wrong moment would cost milliseconds.
         gc.disable()
         self._guard()
+        # At a shutdown the service ends just before, between two looks of an idle host.
+        self._take_service()
         self._tell("stop", "the watchdog was asked to stop; nothing guards this host now")
         self._systemd.send(b"STOPPING=1")
         self._save_state()
