@@ -185,6 +185,28 @@ def test_running_requests_get_their_time_and_no_more(bench: Bench) -> None:
     assert end(process) == STOPPED
 
 
+def test_a_server_that_does_not_answer_for_a_while_is_not_taken_for_one_without_requests(bench: Bench) -> None:
+    bench.image("good", busy=True, starved=3)
+    bench.configure(timings={"drain_s": 600})
+    process = bench.start()
+    bench.await_phase("serving")
+    process.terminate()
+    told = "stopping: 7 requests have"
+    until(lambda: process.poll() is not None or any(told in line for line in bench.heard()), "the drain")
+    assert process.poll() is None
+    assert any("stopping: the server does not say" in line for line in bench.heard())
+    process.kill()
+
+
+def test_a_server_that_never_answers_does_not_hold_up_a_stop(bench: Bench) -> None:
+    bench.image("good", busy=True, starved=1000)
+    bench.configure(timings={"drain_s": 600})
+    process = bench.start()
+    bench.await_phase("serving")
+    process.terminate()
+    assert end(process) == STOPPED
+
+
 def test_the_door_is_open_again_after_a_stop(bench: Bench) -> None:
     process = bench.start()
     bench.await_phase("serving")

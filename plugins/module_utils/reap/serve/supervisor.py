@@ -50,6 +50,9 @@ UNIT = "reap.service"
 PATIENCE_S = 60
 """Given to systemd with every sign of life while a start or stop goes on."""
 
+SILENCE_S = 20.0
+"""How long a stop waits for a server that does not say how many requests run: busy cores can cost it seconds."""
+
 TIMINGS_S = 10.0
 """How often the times are read again while the model serves."""
 
@@ -497,16 +500,21 @@ class Supervisor:
         self._gate.shut()
         endpoint = Endpoint(self._state["endpoint"])
         deadline = time.monotonic() + drain_s
-        while (left := deadline - time.monotonic()) > 0:
+        answered = time.monotonic()
+        while (left := deadline - (now := time.monotonic())) > 0:
             inside = endpoint.requests_inside()
             refused = "" if inside is None else ", new ones are refused"
-            if inside is None:
+            if inside is None and (activity := endpoint.activity(2.0)):
                 # No answer from the door; the engine's own count misses what has not reached it or not left the server.
-                activity = endpoint.activity(2.0)
-                inside = activity.running + activity.waiting if activity else 0
-            if not inside or self._shed() or (self._client and self._client.poll() is not None):
+                inside = activity.running + activity.waiting
+            if inside is not None:
+                answered = now
+            silent = inside is None and now - answered < SILENCE_S
+            if not (inside or silent) or self._shed() or (self._client and self._client.poll() is not None):
                 return
             text = f"stopping: {inside} requests have {left:.0f} s left{refused}"
+            if silent:
+                text = f"stopping: the server does not say whether requests run; they have {left:.0f} s left"
             self._state.publish(detail=text)
             self._notifier.status(text)
             self._notifier.extend(PATIENCE_S)

@@ -3,7 +3,8 @@
 First argument, JSON: {"log": [lines], "exit": status after the log, "never_ready": true, "answers": false,
 "stubborn": true (ignores SIGTERM), "busy": true (a request always runs), "wedged": true (and nothing moves),
 "prefilling": true (a prompt is read: only the KV cache in use moves), "deaf": true (answers one request;
-then shows no request, moves nothing and never answers)}.
+then shows no request, moves nothing and never answers), "starved": n (its first n answers after the door is shut
+do not come)}.
 The rest is the command line of the server; --port and --served-model-name are read from it.
 """
 
@@ -23,10 +24,15 @@ key = os.environ.get("VLLM_API_KEY")
 moved = [0]
 looked = [0]
 asked = [0]
+starved = [behaviour.get("starved", 0)]
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
+        shut = Path(os.environ.get("DOUBLE_GATE", "/opt/reap-gate"), "shut").exists()
+        if shut and starved[0]:
+            starved[0] -= 1
+            threading.Event().wait()
         if self.path == "/metrics":
             moved[0] += 0 if behaviour.get("wedged") or behaviour.get("deaf") or not behaviour.get("busy") else 1
             looked[0] += 1 if behaviour.get("prefilling") else 0
@@ -34,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, f"vllm:num_requests_running{{e=\"0\"}} {busy}.0\n"
                        f"vllm:kv_cache_usage_perc{{e=\"0\"}} {looked[0] / 1000}\n"
                        f"vllm:generation_tokens_total{{e=\"0\"}} {moved[0]}.0\n")  # fmt: skip
-        elif Path(os.environ.get("DOUBLE_GATE", "/opt/reap-gate"), "shut").exists():
+        elif shut:
             self.reply(503, json.dumps({"requests_inside": 7 if behaviour.get("busy") else 0}))
         elif self.path == "/v1/models":
             self.guarded({"data": [{"id": model}]})
