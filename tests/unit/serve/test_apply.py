@@ -98,6 +98,22 @@ def test_a_record_that_cannot_be_written_ends_no_model(bench: Bench, monkeypatch
         Generations(bench.state_dir).serves(config)
 
 
+def test_what_another_process_wrote_later_holds_over_what_could_not_be_written(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    record = Generations(bench.state_dir, [].append)
+    config = ServiceConfig.read(bench.config_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("reap.serve.generations.write_json", full)
+        record.serves(config)
+    Generations(bench.state_dir).failed(config.generation, "the verification failed")
+    assert record.good == []
+    assert record.failure(config.generation) == "the verification failed"
+
+
 def test_a_record_is_written_when_it_changes_and_only_then(bench: Bench) -> None:
     record = Generations(bench.state_dir)
     config = ServiceConfig.read(bench.config_path)

@@ -35,8 +35,10 @@ class Generations:
         self._folder = folder / "generations"
         self._file = folder / "generations.json"
         self._warn = warn
-        # What could not be written, where a warning is enough.
+        # What could not be written, where a warning is enough, and what the file held then: it holds until another
+        # process of the service could write.
         self._unwritten: dict[str, Any] | None = None
+        self._instead_of: Any = None
 
     @property
     def good(self) -> list[str]:
@@ -133,7 +135,7 @@ class Generations:
         except OSError as error:
             if must:
                 raise
-            self._unwritten = record
+            self._unwritten, self._instead_of = record, read_json(self._file)
             self._warn_or_raise(error)
 
     def _warn_or_raise(self, error: OSError) -> None:
@@ -142,9 +144,10 @@ class Generations:
         self._warn(f"the record of generations cannot be written ({error}): it is kept in memory until the next start")
 
     def _record(self) -> dict[str, Any]:
-        if self._unwritten is not None:
+        written = read_json(self._file)
+        if self._unwritten is not None and written == self._instead_of:
             return self._unwritten
-        return {"good": [], "failed": {}, "attempts": {}} | (read_json(self._file) or {})
+        return {"good": [], "failed": {}, "attempts": {}} | (written or {})
 
     def config(self, name: str) -> ServiceConfig | None:
         """What a generation that served on this host was told; None where it is not known."""
