@@ -12,7 +12,7 @@ from pathlib import Path
 
 GIB = 1024 * 1024
 FREE, DIP, LOW, HIGH, TEARDOWN, HOG = 112.0, 6.4, 8.1, 10.4, 7.4, 4.0
-TICK_S, TOOTH_S, LATE_S, DIP_S = 0.01, 2.0, 1.0, (3.0, 5.0)
+TICK_S, TOOTH_S, LATE_S, DIP_S = 0.01, 2.0, 3.0, (3.0, 5.0)
 
 
 def phase() -> str:
